@@ -1,0 +1,140 @@
+"""Tables and plots of a RULER run: on the terminal, as summary.json and as a Markdown report."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.runlog import Row, write_text
+from eval.scoring import mean_and_error
+
+Summary = list[dict[str, Any]]
+
+
+def summarise(rows: Sequence[Row]) -> Summary:
+    """A row for each policy, task and length, in order of appearance; scores and their standard errors in percent."""
+    cells: dict[tuple[int, str, str], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["length"], row["task"], row["policy"]), []).append(row)
+    summary = []
+    for (length, task, policy), cell in cells.items():
+        mean, error = mean_and_error([row["score"] for row in cell])
+        summary.append(
+            {
+                "policy": policy,
+                "task": task,
+                "length": length,
+                "score": round(mean, 2),
+                "n": len(cell),
+                "stderr": None if math.isnan(error) else round(error, 2),
+                "nulls": sum(not row["prediction"] for row in cell),
+                "seconds": round(sum(row["seconds"] for row in cell), 2),
+            }
+        )
+    return summary
+
+
+def _ordered(summary: Summary, name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in summary))
+
+
+def _grid(summary: Summary, length: int) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of one length's table: a policy a row, a task a column, the plain mean of the tasks last."""
+    at_length = [row for row in summary if row["length"] == length]
+    tasks, policies = _ordered(at_length, "task"), _ordered(at_length, "policy")
+    cells = {(row["policy"], row["task"]): row for row in at_length}
+    body = []
+    for policy in policies:
+        found = [cells.get((policy, task)) for task in tasks]
+        scores = [cell["score"] for cell in found if cell]
+        mean = f"{statistics.fmean(scores):.1f}" if len(scores) == len(tasks) else "-"
+        body.append([policy, *map(_cell, found), mean])
+    return ["policy", *tasks, "mean"], body
+
+
+def _cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{row['score']:.1f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.1f}")
+
+
+def print_tables(summary: Summary) -> None:
+    """The tables on the terminal, one a length."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for length in _ordered(summary, "length"):
+        heading, body = _grid(summary, length)
+        table = Table(title=f"RULER at {length} tokens: score ± standard error, percent")
+        for number, name in enumerate(heading):
+            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        for row in body:
+            table.add_row(*row)
+        console.print(table)
+
+
+def write(
+    folder: Path, summary: Summary, facts: Mapping[str, str], budgets: Sequence[str], notes: Sequence[str]
+) -> Path:
+    """summary.json, plot.png and report.md; the path of the report."""
+    write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    _plot(folder / "plot.png", summary)
+    lines = ["# RULER", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
+    for note in notes:
+        lines += [f"> {note}", ""]
+    lines += ["Scores are percent ± standard error over samples; the mean is the plain mean of the tasks.", ""]
+    for length in _ordered(summary, "length"):
+        heading, body = _grid(summary, length)
+        counts = sorted({row["n"] for row in summary if row["length"] == length})
+        lines += [f"## {length} tokens", "", f"{' or '.join(map(str, counts))} samples a task.", ""]
+        lines += ["| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *body]] + [""]
+    lines += ["## Budgets", "", *(f"- {budget}" for budget in budgets), "", "![scores](plot.png)", ""]
+    lines += ["Time spent decoding (first compilations included, prefill not), in seconds:", ""]
+    for policy in _ordered(summary, "policy"):
+        lines.append(f"- `{policy}`: {sum(row['seconds'] for row in summary if row['policy'] == policy):.0f}")
+    report = folder / "report.md"
+    write_text(report, "\n".join(lines) + "\n")
+    return report
+
+
+def _plot(path: Path, summary: Summary) -> None:
+    """Mean score against length, a line a policy; with a single length, bars by task."""
+    from matplotlib.figure import Figure
+
+    lengths, policies, tasks = (_ordered(summary, name) for name in ("length", "policy", "task"))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    cells = {(row["policy"], row["task"], row["length"]): row for row in summary}
+    if len(lengths) > 1:
+        for policy in policies:
+            points = []
+            for length in sorted(lengths):
+                found = [cells[policy, task, length]["score"] for task in tasks if (policy, task, length) in cells]
+                if found:
+                    points.append((length, statistics.fmean(found)))
+            axes.plot(*zip(*points, strict=True), marker="o", label=policy)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(lengths), [str(length) for length in sorted(lengths)])
+        axes.set_xlabel("total length, tokens")
+        axes.set_ylabel(f"mean score of {len(tasks)} tasks, percent")
+    else:
+        width = 0.8 / len(policies)
+        for number, policy in enumerate(policies):
+            found = [cells.get((policy, task, lengths[0])) for task in tasks]
+            axes.bar(
+                [at + number * width for at in range(len(tasks))],
+                [cell["score"] if cell else 0 for cell in found],
+                width,
+                yerr=[cell["stderr"] or 0 if cell else 0 for cell in found],
+                label=policy,
+            )
+        axes.set_xticks([at + 0.4 - width / 2 for at in range(len(tasks))], tasks, rotation=20, ha="right")
+        axes.set_ylabel(f"score at {lengths[0]} tokens, percent")
+    axes.set_ylim(0, 105)
+    axes.legend()
+    figure.savefig(path, dpi=120)

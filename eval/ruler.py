@@ -1,0 +1,441 @@
+"""RULER under several decoding policies: `python -m eval.ruler`.
+
+Samples are built (or read), prompts prefilled once a batch, and decoded under each policy in turn. Every finished sample
+is appended to OUT/results.jsonl, so that the same command goes on where an interrupted one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from eval.backend import Backend
+
+if TYPE_CHECKING:
+    from eval.runlog import Row, RunLog
+    from eval.tasks.base import Material, Prompting, Sample, Task
+    from recyc_jax.config import LlamaConfig
+    from recyc_jax.pretrained import PretrainedLM
+
+DEFAULT_TASKS = "niah_single_1,niah_single_2,niah_single_3,niah_multivalue,niah_multiquery"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Score decoding policies on RULER."""
+
+    model: str = "smollm2-135m"
+    """Hub id, folder in Hugging Face layout, .gguf file, or smollm2-135m."""
+    tasks: str = DEFAULT_TASKS
+    """Comma-separated task names, or all (13)."""
+    lengths: str = "1024"
+    """Comma-separated total lengths: prompt and answer, in tokens."""
+    samples: int = 8
+    """Samples of each task and length."""
+    policies: tuple[str, ...] = ("full", "recycled:budget=0.125,stride=10")
+    """Policies, separated by spaces; a budget with a point is a fraction of the length."""
+    template: Literal["base", "chat"] = "base"
+    """base: the bare prompt. chat: the tokenizer's chat template around it."""
+    seed: int = 42
+    out: Path = Path("results/ruler")
+    """Folder of results; an interrupted run goes on in it."""
+    batch_size: int = 8
+    dump_samples: Path | None = None
+    """Write the samples to this folder in RULER's layout and stop."""
+    data: Path | None = None
+    """Evaluate the samples of this folder, in RULER's layout (DIR/LENGTH/data/TASK/validation.jsonl)."""
+    essays: str | None = None
+    """Text of essay haystacks: a text file or RULER's PaulGrahamEssays.json."""
+    qa_squad: str | None = None
+    """SQuAD 2.0's dev-v2.0.json, for qa_1."""
+    qa_hotpot: str | None = None
+    """HotpotQA's hotpot_dev_distractor_v1.json, for qa_2."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on accelerators, float32 on CPU."""
+    backend: Backend = "auto"
+    allow_beyond_context: bool = False
+    """Allow lengths beyond the model's context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One task at one length: where its samples come from."""
+
+    task: str
+    length: int
+    new_tokens: int
+    metric: str
+    samples: Callable[[], list[Sample]]
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    config = tyro.cli(Config, prog="python -m eval.ruler", args=args)
+    try:
+        return _run(config)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with what {config.out} holds", file=sys.stderr)
+        return 130
+
+
+def _run(config: Config) -> int:
+    from eval import backend
+    from recyc_jax import pretrained
+
+    tasks, lengths = _check(config)
+    backend.select(config.backend)
+    folder = pretrained.resolve(config.model)
+    model_config = pretrained.read_config(folder)
+    for length in lengths:
+        if length > model_config.max_position_embeddings and not config.allow_beyond_context:
+            raise ValueError(
+                f"--lengths {length} exceeds the model's context of {model_config.max_position_embeddings} tokens; pass "
+                "--allow-beyond-context to run it all the same"
+            )
+    tokenizer = pretrained.load_tokenizer(folder)
+    prompting = _prompting(tokenizer, config.template)
+    cells, sources, notes = _cells(config, tasks, lengths, prompting, model_config)
+    for note in notes:
+        print(note, flush=True)
+    if not cells:
+        raise ValueError("no task is left to run")
+    if config.dump_samples is not None:
+        return _dump(config.dump_samples, cells, prompting)
+
+    import jax.numpy as jnp
+
+    log = _open_log(config, cells, sources)
+    todo = [(cell, list(_missing(config, cell, log))) for cell in cells]
+    if any(missing for _, missing in todo):
+        dtype = None if config.dtype == "auto" else jnp.dtype(config.dtype)
+        params = pretrained.load_params(folder, model_config, dtype)
+        _evaluate(config, pretrained.PretrainedLM(params, model_config, tokenizer), todo, log)
+    _report(config, folder, log, sources, notes)
+    return 0
+
+
+# --- before weights load ---------------------------------------------------------------------------------------------
+
+
+def _check(config: Config) -> tuple[list[str], list[int]]:
+    """The tasks and lengths asked for. Raises ValueError, naming the flag, for what can be told without a model."""
+    from eval.tasks.registry import TASKS
+    from recyc_jax.policies.registry import parse_policy
+
+    tasks = list(TASKS) if config.tasks == "all" else _split("--tasks", config.tasks)
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"--tasks: {task!r} is unknown; there is {', '.join(TASKS)} (or all)")
+    lengths = []
+    for text in _split("--lengths", config.lengths):
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"--lengths: {text!r} is not a positive whole number")
+        lengths.append(int(text))
+    for flag, value in (("--samples", config.samples), ("--batch-size", config.batch_size)):
+        if value < 1:
+            raise ValueError(f"{flag} {value} must be at least 1")
+    if not config.policies:
+        raise ValueError("--policies: name at least one policy")
+    for policy in config.policies:
+        for length in lengths:
+            parse_policy(policy, length)
+    if len(set(config.policies)) < len(config.policies):
+        raise ValueError("--policies names a policy twice")
+    if config.data is not None and (config.dump_samples is not None or config.template != "base"):
+        raise ValueError("--data brings samples as they are: it goes neither with --dump-samples nor with --template")
+    if config.data is not None and not config.data.is_dir():
+        raise ValueError(f"--data {config.data}: there is no such folder")
+    return tasks, lengths
+
+
+def _split(flag: str, text: str) -> list[str]:
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise ValueError(f"{flag} is empty")
+    return list(dict.fromkeys(items))
+
+
+def _prompting(tokenizer: Any, template: str) -> Prompting:
+    from eval.tasks.base import Prompting
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def chat(body: str) -> str:
+        turns = [{"role": "user", "content": body}]
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    if template == "chat" and not tokenizer.chat_template:
+        raise ValueError("--template chat: the model's tokenizer has no chat template; use --template base")
+    # long texts on purpose: the tokenizer's warning about its model_max_length says nothing here
+    tokenizer.model_max_length = sys.maxsize
+    return Prompting(chat if template == "chat" else lambda body: body, count)
+
+
+def _cells(
+    config: Config, tasks: list[str], lengths: list[int], prompting: Prompting, model_config: LlamaConfig
+) -> tuple[list[Cell], dict[str, str], list[str]]:
+    """The cells to run, the sources of their texts, and a note for each task that is left out."""
+    from eval.tasks.registry import TASKS
+
+    if config.data is not None:
+        longest = None if config.allow_beyond_context else model_config.max_position_embeddings
+        read = _reader(config, prompting, longest)
+        cells = [
+            Cell(task, length, TASKS[task].new_tokens, TASKS[task].metric, read(task, length))
+            for length in lengths
+            for task in tasks
+        ]
+        return cells, {"samples": str(config.data)}, []
+    material, sources, notes, missing = _material(config, tasks)
+    cells = []
+    for length in lengths:
+        for name in tasks:
+            if name not in missing:
+                task = TASKS[name](name, material, prompting, length, config.seed)
+                cells.append(Cell(name, length, task.new_tokens, task.metric, _builder(config, task)))
+    return cells, sources, notes
+
+
+def _reader(
+    config: Config, prompting: Prompting, longest: int | None
+) -> Callable[[str, int], Callable[[], list[Sample]]]:
+    from eval import samples
+    from eval.tasks.registry import TASKS
+
+    def read(task: str, length: int) -> Callable[[], list[Sample]]:
+        assert config.data is not None
+        found = samples.read(
+            config.data, length, task, config.samples, prompting.count, TASKS[task].new_tokens, longest
+        )
+        return lambda: found
+
+    return read
+
+
+def _builder(config: Config, task: Task) -> Callable[[], list[Sample]]:
+    """Builds a cell's samples when they are wanted. What could fail does so now: the search for a size, and at lengths
+    near a task's minimum every sample."""
+
+    def build() -> list[Sample]:
+        return [task.sample(index) for index in range(config.samples)]
+
+    task.sample(0)
+    task.sample(config.samples - 1)
+    if task.length < 4096:
+        found = build()
+        return lambda: found
+    return build
+
+
+def _material(config: Config, tasks: list[str]) -> tuple[Material, dict[str, str], list[str], set[str]]:
+    """What the tasks draw on, the names of its sources, a note for each missing one, and the tasks that need those."""
+    from eval import texts
+    from eval.tasks.base import Material
+    from eval.tasks.registry import ESSAY_TASKS
+
+    sources, notes, missing = {}, [], set()
+    essays = None
+    if ESSAY_TASKS & set(tasks):
+        essays, sources["essay haystack"] = texts.essays(config.essays)
+    sets = {}
+    for task, flag, path, load in (
+        ("qa_1", "--qa-squad dev-v2.0.json", config.qa_squad, texts.squad),
+        ("qa_2", "--qa-hotpot hotpot_dev_distractor_v1.json", config.qa_hotpot, texts.hotpot),
+    ):
+        if task in tasks:
+            sets[task] = load(path)
+            if sets[task] is None:
+                missing.add(task)
+                notes.append(f"{task} is skipped: the hub is out of reach; get the official file and pass {flag}")
+            else:
+                sources[task] = Path(path).name if path else "hub"
+    return Material(texts.words(), essays, sets.get("qa_1"), sets.get("qa_2")), sources, notes, missing
+
+
+def _dump(folder: Path, cells: list[Cell], prompting: Prompting) -> int:
+    from eval import samples
+
+    overhead = prompting.count(prompting.wrap("x")) - prompting.count("x")
+    for cell in cells:
+        print(samples.write(folder, cell.length, cell.task, cell.samples(), overhead))
+    return 0
+
+
+def _open_log(config: Config, cells: list[Cell], sources: dict[str, str]) -> RunLog:
+    from eval.runlog import RunLog
+
+    configuration = {
+        "model": config.model,
+        "tasks": sorted({cell.task for cell in cells}),
+        "lengths": sorted({cell.length for cell in cells}),
+        "samples": config.samples,
+        "policies": sorted(config.policies),
+        "template": config.template,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "sources": sources,
+    }
+    return RunLog(config.out, configuration, ("policy", "task", "length", "index"))
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _missing(config: Config, cell: Cell, log: RunLog) -> Iterator[tuple[tuple[str, ...], list[Sample]]]:
+    """Batches of samples that are not in the log yet, with the policies that they lack."""
+    lacking: dict[tuple[str, ...], list[Sample]] = {}
+    for sample in cell.samples():
+        absent = tuple(p for p in config.policies if (p, cell.task, cell.length, sample.index) not in log)
+        if absent:
+            lacking.setdefault(absent, []).append(sample)
+    for policies, samples in lacking.items():
+        for at in range(0, len(samples), config.batch_size):
+            yield policies, samples[at : at + config.batch_size]
+
+
+def _evaluate(config: Config, lm: PretrainedLM, todo: list[tuple[Cell, list[Any]]], log: RunLog) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left:"),
+        TimeRemainingColumn(elapsed_when_finished=False, compact=False),
+    )
+    total = sum(len(policies) * len(samples) for _, missing in todo for policies, samples in missing)
+    with Progress(*columns) as progress:
+        bar = progress.add_task("evaluating", total=total)
+        for cell, missing in todo:
+            progress.update(bar, description=f"{cell.task} at {cell.length}")
+            for policies, samples in missing:
+                for rows in _decode_batch(config, lm, cell, policies, samples):
+                    log.append(rows)
+                    progress.advance(bar, len(rows))
+
+
+def _decode_batch(
+    config: Config, lm: PretrainedLM, cell: Cell, policies: tuple[str, ...], samples: list[Sample]
+) -> Iterator[list[Row]]:
+    """The batch's rows under each policy in turn: prefilled once, decoded once a policy."""
+    import numpy as np
+
+    import recyc_jax as rj
+
+    prompts = [_ids(lm.tokenizer, sample.prompt) for sample in samples]
+    # one shape for all tasks of a length with answers of one size, so that they share their compilations
+    width = max(cell.length - cell.new_tokens, *map(len, prompts))
+    tokens = np.zeros((config.batch_size, width), np.int32)
+    lengths = np.zeros(config.batch_size, np.int32)
+    for row in range(config.batch_size):
+        ids = prompts[min(row, len(prompts) - 1)]  # the last batch is filled up with its last row: one shape again
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    chosen = [rj.parse_policy(policy, cell.length) for policy in policies]
+    state = rj.prefill(
+        lm.params, lm.config, tokens, prompt_lengths=lengths, policies=chosen, max_new_tokens=cell.new_tokens
+    )
+    state.logits.block_until_ready()
+    for name, policy in zip(policies, chosen, strict=True):
+        began = time.perf_counter()
+        out, state = rj.decode(lm.params, lm.config, state, policy=policy)
+        made, counts = np.asarray(out.tokens), np.asarray(out.lengths)
+        seconds = (time.perf_counter() - began) / len(samples)
+        yield [
+            _row(
+                name,
+                cell,
+                sample,
+                ids,
+                lm.tokenizer.decode(made[row, : counts[row]], skip_special_tokens=True),
+                seconds,
+            )
+            for row, (sample, ids) in enumerate(zip(samples, prompts, strict=True))
+        ]
+
+
+def _row(policy: str, cell: Cell, sample: Sample, ids: list[int], text: str, seconds: float) -> Row:
+    from eval import scoring
+
+    prediction = scoring.clean(text)
+    return {
+        "policy": policy,
+        "task": cell.task,
+        "length": cell.length,
+        "index": sample.index,
+        "prompt_tokens": len(ids),
+        "prediction": prediction,
+        "references": list(sample.outputs),
+        "score": scoring.score(prediction, sample.outputs, cell.metric),
+        "seconds": round(seconds, 4),
+    }
+
+
+def _ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt's tokens, with the special ones that the tokenizer adds unless the prompt brings its own."""
+    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
+
+
+def _report(config: Config, folder: Path, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
+    import jax
+
+    from eval import report
+
+    summary = report.summarise(log.rows)
+    report.print_tables(summary)
+    lengths = list(dict.fromkeys(row["length"] for row in summary))
+    facts = {
+        "model": f"{config.model} ({folder.name})",
+        "template": config.template,
+        **sources,
+        "dtype": config.dtype,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
+        "command": f"`python -m eval.ruler {shlex.join(_given(config))}`".replace(" `", "`"),
+    }
+    budgets = [line for policy in config.policies for line in _budget_lines(policy, lengths)]
+    path = report.write(config.out, summary, facts, budgets, notes)
+    print(f"{path}, {path.parent / 'summary.json'} and {log.path} hold the results")
+
+
+def _given(config: Config) -> list[str]:
+    """The flags that differ from their defaults, as one would type them."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            flags.append("--" + field.name.replace("_", "-"))
+            if not isinstance(value, bool):
+                flags += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return flags
+
+
+def _budget_lines(policy: str, lengths: list[int]) -> Iterator[str]:
+    """A policy's budget in both forms, tokens and fraction, at each length."""
+    from recyc_jax.policies.registry import parse_policy
+
+    for length in lengths:
+        budget = getattr(parse_policy(policy, length), "budget", length)
+        yield f"`{policy}` at {length}: reads at most {budget} entries a partial step, {budget / length:.4g} of the length"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Samples on disk, in the layout of RULER's reference: DIR/<length>/data/<task>/validation.jsonl."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from eval.runlog import write_text
+from eval.tasks.base import Sample
+
+
+def _file(folder: Path, length: int, task: str) -> Path:
+    return folder / str(length) / "data" / task / "validation.jsonl"
+
+
+def write(folder: Path, length: int, task: str, samples: Iterable[Sample], overhead: int) -> Path:
+    """Write one task's samples; `overhead` is the number of tokens that the model's template adds."""
+    file = _file(folder, length, task)
+    rows = [
+        {
+            "index": sample.index,
+            "input": sample.input,
+            "outputs": list(sample.outputs),
+            "length": sample.length - overhead,
+            "length_w_model_temp": sample.length,
+            "answer_prefix": sample.answer_prefix,
+        }
+        for sample in samples
+    ]
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    except OSError as error:
+        raise ValueError(f"--dump-samples {folder}: {error.strerror}") from None
+    return file
+
+
+def read(
+    folder: Path, length: int, task: str, limit: int, count: Callable[[str], int], new_tokens: int, longest: int | None
+) -> list[Sample]:
+    """The first `limit` samples of a task.
+
+    Samples without `answer_prefix` (RULER of 2024) have it at the end of `input`. The row's number is the index: the
+    reference overwrites its `index` field. Raises ValueError naming file and line where a row is malformed or takes more
+    than `longest` tokens with its answer.
+    """
+    file = _file(folder, length, task)
+    samples = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"--data: {file}: {error.strerror}") from None
+    for number, line in enumerate(lines[:limit]):
+        where = f"--data: {file}:{number + 1}"
+        try:
+            row = json.loads(line)
+            text, outputs, prefix = row["input"], row["outputs"], row.get("answer_prefix", "")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: not a sample ({type(error).__name__}: {error})") from None
+        strings = isinstance(outputs, list) and outputs and all(isinstance(output, str) for output in outputs)
+        if not (isinstance(text, str) and text and isinstance(prefix, str) and strings):
+            raise ValueError(f"{where}: input and answer_prefix must be strings, outputs a list of strings")
+        sample = Sample(number, text, prefix, tuple(outputs), 0)
+        sample = dataclasses.replace(sample, length=count(sample.prompt) + new_tokens)
+        if longest is not None and sample.length > longest:
+            raise ValueError(
+                f"{where}: {sample.length} tokens with its answer exceed the model's context of {longest}; pass "
+                "--allow-beyond-context to run it all the same"
+            )
+        samples.append(sample)
+    if not samples:
+        raise ValueError(f"--data: {file}: there is no sample in it")
+    return samples

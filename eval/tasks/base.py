@@ -1,0 +1,147 @@
+"""What the tasks share: samples, sizing to a token budget, and what a generator may draw on."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One prompt and its references."""
+
+    index: int
+    input: str  # the prompt, model template included, answer prefix not
+    answer_prefix: str
+    outputs: tuple[str, ...]
+    length: int  # tokens of the whole prompt, answer prefix included, plus those to generate
+
+    @property
+    def prompt(self) -> str:
+        return self.input + self.answer_prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A sample before the model's template is put around it."""
+
+    body: str
+    answer_prefix: str
+    outputs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+    """Distinct sorted word lists."""
+
+    nouns: tuple[str, ...]
+    adjectives: tuple[str, ...]
+    verbs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Essays:
+    """Running prose, split into words, and a sentence splitter."""
+
+    words: tuple[str, ...]
+    sentences: Callable[[str], list[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """Everything a generator may draw on; what a task does not need may be missing."""
+
+    words: Words
+    essays: Essays | None = None
+    squad: Any = None  # QuestionSet
+    hotpot: Any = None  # QuestionSet
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompting:
+    """How bodies become prompts for a model and how long those are."""
+
+    wrap: Callable[[str], str]  # the model's chat template around a body; identity for base models
+    count: Callable[[str], int]  # tokens without special ones
+
+
+class Task(abc.ABC):
+    """A generator of samples of one task at one total length."""
+
+    new_tokens: int
+    estimate_factor = 3  # how far past the linear estimate the search for a size may look
+    metric = "all"  # which references count: all of them, or the best one ("part")
+
+    def __init__(self, name: str, material: Material, prompting: Prompting, length: int, seed: int) -> None:
+        self.name = name
+        self.material, self.prompting, self.length, self.seed = material, prompting, length, seed
+        self._size: int | None = None
+
+    @property
+    @abc.abstractmethod
+    def step(self) -> int:
+        """By how much a size shrinks when a sample is too long."""
+
+    @property
+    def smallest(self) -> int:
+        """The least size that still makes a sample."""
+        return 1
+
+    @abc.abstractmethod
+    def draft(self, size: int, rng: random.Random, index: int) -> Draft:
+        """A sample whose context has `size` units."""
+
+    def rng(self, *what: Any) -> random.Random:
+        """A stream of its own for each (seed, task, length, what)."""
+        return random.Random(":".join(map(str, (self.seed, self.name, self.length, *what))))
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index`. Raises ValueError where the length is too short for the task."""
+        size = self.size
+        for attempt in self._shrinking(size):
+            built = self._build(attempt, self.rng("sample", index), index)
+            if built.length <= self.length:
+                return built
+        raise self._too_short(built.length)
+
+    @property
+    def size(self) -> int:
+        """One size for all samples: the largest that the search found to fit, as in the reference."""
+        if self._size is None:
+            self._size = self._search()
+        return self._size
+
+    def _search(self) -> int:
+        def length(size: int) -> int:
+            return self._build(size, self.rng("size", size), 0).length
+
+        low = max(self.step, self.smallest)
+        first = length(low)
+        best = low
+        high = max(2 * low, int(self.estimate_factor * self.length / max(1, first) * low))
+        while low <= high:
+            middle = (low + high) // 2
+            if length(middle) <= self.length:
+                best, low = middle, middle + 1
+            else:
+                high = middle - 1
+        return best
+
+    def _shrinking(self, size: int) -> Sequence[int]:
+        """The size, then one step less each time; the reference loops forever once it is at a single step."""
+        return [*range(size, self.smallest, -self.step), self.smallest]
+
+    def _build(self, size: int, rng: random.Random, index: int) -> Sample:
+        draft = self.draft(size, rng, index)
+        text = self.prompting.wrap(draft.body)
+        tokens = self.prompting.count(text + draft.answer_prefix)
+        return Sample(index, text, draft.answer_prefix, draft.outputs, tokens + self.new_tokens)
+
+    def _too_short(self, least: int) -> ValueError:
+        return ValueError(
+            f"length {self.length} is below the minimum of {self.name}: its smallest sample takes {least} tokens, "
+            f"{self.new_tokens} of them for the answer"
+        )

@@ -1,0 +1,54 @@
+"""Frequent words extraction: the three most frequent of made-up words whose counts follow a zeta distribution."""
+
+from __future__ import annotations
+
+import math
+import random
+import string
+
+from eval.tasks.base import Draft, Task
+
+TEMPLATE = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared"
+    " coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three"
+    " most frequently appeared words in the above coded text?"
+)
+ANSWER_PREFIX = " Answer: According to the coded text above, the three most frequently appeared words are:"
+_ZETA_2 = math.pi**2 / 6
+_LETTERS = 6
+
+
+class FrequentWords(Task):
+    """`size` counts words of the coded text. The most frequent one is noise: '...'."""
+
+    new_tokens = 50
+
+    @property
+    def _room(self) -> int:
+        return self.length - self.new_tokens
+
+    @property
+    def step(self) -> int:
+        return max(1, self._room // 32)
+
+    @property
+    def smallest(self) -> int:
+        return 40  # below it the three ranks asked for no longer differ in count
+
+    def _search(self) -> int:
+        """The reference's linear growth from a sixth of the room, one step back from the first that is too long."""
+        size = max(self.smallest, self._room // 6)
+        while self._build(size, self.rng("size", size), 0).length < self.length:
+            size += self.step
+        return max(self.smallest, size - self.step)
+
+    def draft(self, size: int, rng: random.Random, index: int) -> Draft:
+        vocabulary: set[str] = set()
+        while len(vocabulary) < max(4, self._room // 50):
+            vocabulary.add("".join(rng.choices(string.ascii_lowercase, k=_LETTERS)))
+        ranked = sorted(vocabulary)
+        random.Random(self.seed).shuffle(ranked)
+        ranked[0] = "..."
+        text = [word for rank, word in enumerate(ranked, 1) for _ in range(int(size / rank**2 / _ZETA_2))]
+        random.Random(self.seed).shuffle(text)
+        return Draft(TEMPLATE.format(context=" ".join(text)), ANSWER_PREFIX, tuple(ranked[1:4]))

@@ -1,0 +1,34 @@
+"""Recycled Attention in JAX: long-context decoding that re-reads only the tokens that mattered."""
+
+from recyc_jax.config import LlamaConfig, RopeScaling
+from recyc_jax.decode import Generation, Prefilled, decode, generate, prefill, score
+from recyc_jax.model import forward, init_params
+from recyc_jax.policies.base import Policy
+from recyc_jax.policies.full import FullAttention
+from recyc_jax.policies.recycled import RecycledAttention
+from recyc_jax.policies.registry import parse_policy
+from recyc_jax.policies.schedules import FixedStride
+from recyc_jax.pretrained import PretrainedLM, load_pretrained
+from recyc_jax.sampling import Greedy, Sample
+
+__all__ = [
+    "FixedStride",
+    "FullAttention",
+    "Generation",
+    "Greedy",
+    "LlamaConfig",
+    "Policy",
+    "Prefilled",
+    "PretrainedLM",
+    "RecycledAttention",
+    "RopeScaling",
+    "Sample",
+    "decode",
+    "forward",
+    "generate",
+    "init_params",
+    "load_pretrained",
+    "parse_policy",
+    "prefill",
+    "score",
+]

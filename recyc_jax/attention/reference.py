@@ -1,0 +1,157 @@
+"""Attention in plain jax.numpy: the oracle of every other implementation, and the default.
+
+Letters: B batch, T and C queries, S cache slots, R selected slots, N query heads, K key/value heads, G = N // K query
+heads a group, H head dim. Logits and softmax are float32 whatever the inputs' dtype; the probabilities are
+rounded to the values' dtype for the second product, which accumulates in float32. Masked logits are float32's finite
+minimum, so a row with nothing to see gives finite garbage rather than NaN.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+def _grouped(q: Float[Array, "... N H"], kv_heads: int) -> Float[Array, "... K G H"]:
+    return q.reshape(*q.shape[:-2], kv_heads, q.shape[-2] // kv_heads, q.shape[-1])
+
+
+def _scale(head_dim: int) -> float:
+    return head_dim**-0.5
+
+
+def causal(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+    """Ordinary causal attention over the sequence itself; builds the T x T logits."""
+    grouped = _grouped(q, k.shape[2])
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    seen = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), jnp.bool_))
+    weights = jax.nn.softmax(jnp.where(seen, logits * _scale(q.shape[-1]), MASKED), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(q.shape)
+
+
+def _decode_logits(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    visible: Bool[
+        Array,
+        (
+            B  # K S
+        ),
+    ],
+) -> Float[Array, "B K G S"]:
+    grouped = _grouped(q, keys.shape[1])
+    logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, :, None, :], logits * _scale(q.shape[-1]), MASKED)
+
+
+def _weighted(
+    logits: Float[Array, "B K G S"], values: Float[Array, "B K S H"], q: Float[Array, "B N H"]
+) -> Float[Array, "B N H"]:
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(q.shape)
+
+
+def _group_scores(logits: Float[Array, "B K G S"]) -> Float[Array, "B K S"]:
+    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return jnp.max(logits - normaliser, axis=2)
+
+
+def full(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> Float[Array, "B N H"]:
+    """One query a row over every visible slot."""
+    return _weighted(_decode_logits(q, keys, visible[:, None]), values, q)
+
+
+def full_with_scores(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
+    """`full`, and each slot's score: see `scores`."""
+    logits = _decode_logits(q, keys, visible[:, None])
+    return _weighted(logits, values, q), _group_scores(logits)
+
+
+def scores(
+    q: Float[Array, "B N H"], keys: Float[Array, "B K S H"], visible: Bool[Array, "B S"]
+) -> Float[Array, "B K S"]:
+    """How much each slot matters to the query: its log-probability, the maximum over the heads of its group (section
+    3.1 of the paper). Our decision: float32 `logit - logsumexp` rather than the probability, which underflows in the
+    tail and would leave the order there to chance. Slots that are not visible hold meaningless finite numbers."""
+    return _group_scores(_decode_logits(q, keys, visible[:, None]))
+
+
+def selected(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    slots: Int[Array, "B K R"],
+) -> Float[Array, "B N H"]:
+    """One query a row over the slots listed for each key/value head, gathered by index; -1 lists nothing."""
+    at = jnp.maximum(slots, 0)[..., None]
+    near_keys = jnp.take_along_axis(keys, at, axis=2, mode="clip")
+    near_values = jnp.take_along_axis(values, at, axis=2, mode="clip")
+    return _weighted(_decode_logits(q, near_keys, slots >= 0), near_values, q)
+
+
+def chunk(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> Float[Array, "B C N H"]:
+    """C consecutive queries, the first in slot `offset` (a multiple of C), each over the slots up to its own.
+
+    Key blocks of C slots are visited one by one with a running softmax, from the first that holds a token to the
+    queries' own, so memory is C x C a head and blocks in the future cost nothing.
+    """
+    batch, width, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    groups = heads // kv_heads
+    # [B, K, G * C, H]: one matrix product a key/value head
+    stacked = q.reshape(batch, width, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
+    stacked = stacked.reshape(batch, kv_heads, groups * width, dim)
+    query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), groups)
+    zero = jnp.zeros((), jnp.int32)
+
+    def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, out = carry
+        at = (zero, zero, block * width, zero)
+        size = (batch, kv_heads, width, dim)
+        block_keys, block_values = lax.dynamic_slice(keys, at, size), lax.dynamic_slice(values, at, size)
+        key_slots = block * width + jnp.arange(width, dtype=jnp.int32)
+        seen = (key_slots <= query_slots[:, None]) & (key_slots >= starts[:, None, None])
+        logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
+        logits = jnp.where(seen[:, None], logits * _scale(dim), MASKED)
+        new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
+        shrink = jnp.exp(peak - new_peak)
+        weights = jnp.exp(logits - new_peak[..., None])
+        block_out = jnp.einsum(
+            "bkqs,bksh->bkqh", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
+        )
+        return new_peak, total * shrink + jnp.sum(weights, axis=-1), out * shrink[..., None] + block_out
+
+    rows = (batch, kv_heads, groups * width)
+    carry = (
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+        jnp.zeros((*rows, dim), jnp.float32),
+    )
+    first = jnp.min(starts) // width
+    _, total, out = lax.fori_loop(first, offset // width + 1, visit, carry)
+    out = (out / total[..., None]).astype(q.dtype).reshape(batch, kv_heads, groups, width, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)

@@ -1,0 +1,155 @@
+"""The shape of a Llama-family decoder, read from a Hugging Face `config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Scaling of the RoPE frequencies: `linear` (positions divided by `factor`) or `llama3` (Llama 3.1 and later)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """A decoder's shape, with Hugging Face's field names. `N = num_attention_heads` queries share
+    `K = num_key_value_heads` key/value heads in groups of `G = N // K`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"{field.name}={value} must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
+
+    @classmethod
+    def tiny(cls, **overrides: Any) -> LlamaConfig:
+        """A two-layer shape for tests and examples; any field can be overridden."""
+        fields: dict[str, Any] = dict(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=512,
+        )
+        return cls(**(fields | overrides))
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:
+        """The shape that a Hugging Face `config.json` (as a dict) asks for.
+
+        Raises ValueError naming the field where it asks for what is not supported, or leaves a needed one out.
+        """
+        kind = hf.get("model_type")
+        if kind not in ("llama", "qwen2"):
+            raise ValueError(f"model_type={kind!r} is not supported; llama and qwen2 are")
+        _reject_unsupported(hf, kind)
+        try:
+            heads, hidden = int(hf["num_attention_heads"]), int(hf["hidden_size"])
+            fields: dict[str, Any] = dict(
+                vocab_size=int(hf["vocab_size"]),
+                hidden_size=hidden,
+                intermediate_size=int(hf["intermediate_size"]),
+                num_hidden_layers=int(hf["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(_given(hf, "num_key_value_heads", heads)),
+                head_dim=int(_given(hf, "head_dim", hidden // heads)),
+                max_position_embeddings=int(_given(hf, "max_position_embeddings", 2048)),
+            )
+        except KeyError as error:
+            raise ValueError(f"the config lacks the field {error.args[0]!r}") from None
+        theta, scaling = _rope(hf, fields["max_position_embeddings"])
+        eos = hf.get("eos_token_id")
+        return cls(
+            **fields,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            rms_norm_eps=float(_given(hf, "rms_norm_eps", 1e-6)),
+            # Both families' Hugging Face classes untie by default.
+            tie_word_embeddings=bool(_given(hf, "tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2",
+            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
+        )
+
+
+def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = hf.get(name)
+    return default if value is None else value
+
+
+def _reject_unsupported(hf: Mapping[str, Any], kind: str) -> None:
+    wanted = {
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "attention_bias": kind == "qwen2",  # Qwen2's biases are in q, k and v alone; Llama's flag adds one to o too
+        "use_sliding_window": False,
+        "partial_rotary_factor": 1.0,
+        "quantization_config": None,
+    }
+    for name, supported in wanted.items():
+        value = hf.get(name)
+        if value is not None and value != supported:
+            raise ValueError(f"{name}={value!r} is not supported (only {supported!r} is)")
+    odd_layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
+    if odd_layers:
+        raise ValueError(f"layer_types has {odd_layers}: only 'full_attention' is supported")
+
+
+def _rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` before it."""
+    name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    rope = dict(hf.get(name) or {})
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise ValueError(f"{name} differs by layer type, which is not supported")
+    theta = float(rope.get("rope_theta", _given(hf, "rope_theta", 10000.0)))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{name}.partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    try:
+        if kind == "default":
+            return theta, None
+        if kind == "linear":
+            return theta, RopeScaling("linear", float(rope["factor"]))
+        if kind == "llama3":
+            return theta, RopeScaling(
+                "llama3",
+                float(rope["factor"]),
+                float(rope["low_freq_factor"]),
+                float(rope["high_freq_factor"]),
+                int(rope.get("original_max_position_embeddings", max_positions)),
+            )
+    except KeyError as error:
+        raise ValueError(f"{name} lacks the field {error.args[0]!r}") from None
+    raise ValueError(f"{name}.rope_type={kind!r} is not supported; default, linear and llama3 are")

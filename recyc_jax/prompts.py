@@ -1,0 +1,73 @@
+"""From what a caller passes as prompts to one right-padded array and the rows' lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from recyc_jax.config import LlamaConfig
+
+
+def bucket(length: int) -> int:
+    """`length` rounded up so that at most an eighth is waste: 8 sizes to each power of two."""
+    step = 2 ** max(0, length.bit_length() - 4)
+    return -(-length // step) * step
+
+
+def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
+    """Token ids [B, T], right-padded, and each row's length.
+
+    Lists of ragged lists are padded to a bucket of their longest row. Raises ValueError for empty lists or prompts,
+    lengths outside 1..T and ids outside the vocabulary; traced arrays, whose values can't be seen, are taken as given.
+    """
+    if isinstance(prompts, jax.Array | np.ndarray):
+        tokens, lengths = _from_array(prompts, prompt_lengths)
+    else:
+        if prompt_lengths is not None:
+            raise ValueError("prompt_lengths goes with an array of prompts; lists carry their own lengths")
+        tokens, lengths = _from_lists(prompts)
+    if not isinstance(tokens, jax.core.Tracer) and not isinstance(lengths, jax.core.Tracer):
+        _check(np.asarray(tokens), np.asarray(lengths), config)
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+
+
+def _from_array(tokens: Any, lengths: Any) -> tuple[Any, Any]:
+    if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"prompts must be integers [B, T], not {tokens.dtype}{list(tokens.shape)}")
+    if lengths is None:
+        lengths = np.full(tokens.shape[0], tokens.shape[1], np.int32)
+    elif np.shape(lengths) != tokens.shape[:1]:
+        raise ValueError(f"prompt_lengths has shape {list(np.shape(lengths))} for {tokens.shape[0]} prompts")
+    return tokens, lengths
+
+
+def _from_lists(prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    rows = [np.asarray(prompt) for prompt in prompts]
+    if not rows:
+        raise ValueError("prompts is empty: pass at least one list of token ids")
+    for number, row in enumerate(rows):
+        if row.size == 0:
+            raise ValueError(f"prompt {number} is empty: every prompt needs at least one token")
+        if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(f"prompt {number} is not a flat list of token ids")
+    lengths = np.array([row.size for row in rows], np.int32)
+    tokens = np.zeros((len(rows), bucket(int(lengths.max()))), np.int32)
+    for row, ids in zip(tokens, rows, strict=True):
+        row[: ids.size] = ids
+    return tokens, lengths
+
+
+def _check(tokens: np.ndarray, lengths: np.ndarray, config: LlamaConfig) -> None:
+    width = tokens.shape[1]
+    for row, length in enumerate(lengths):
+        if not 1 <= length <= width:
+            raise ValueError(f"prompt_lengths[{row}]={length} is outside 1..{width}")
+        ids = tokens[row, :length]
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            culprit = ids[(ids < 0) | (ids >= config.vocab_size)][0]
+            raise ValueError(f"prompt {row} has token id {culprit}, outside the vocabulary of {config.vocab_size}")

@@ -1,0 +1,109 @@
+"""`generate` against the plain numpy reference, token for token."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import recyc_jax as rj
+
+SHAPES = {  # query heads, kv heads
+    "mha": (2, 2),
+    "gqa": (4, 2),
+    "mqa": (3, 1),
+}
+PROMPTS = (7, 16)  # few lengths: each is a compilation
+
+
+@pytest.fixture(scope="module")
+def models():
+    made = {}
+    for name, (heads, kv_heads) in SHAPES.items():
+        config = rj.LlamaConfig.tiny(num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=64)
+        made[name] = config, jax.tree.map(lambda leaf: 4 * leaf, rj.init_params(config, jax.random.key(1)))
+    return made
+
+
+def check(params, config, prompt, budget, stride, pool, new_tokens=12, lookahead=0):
+    policy = rj.RecycledAttention(budget, rj.FixedStride(stride), pool=pool, lookahead=lookahead)
+    with jax.default_matmul_precision("highest"):
+        out = rj.generate(params, config, [prompt], policy=policy, max_new_tokens=new_tokens, eos_ids=())
+    ahead = stride - 1 if lookahead == "auto" else lookahead
+    trace = oracle.recycled(
+        params, config, prompt, budget=budget, stride=stride, pool=pool, new_tokens=new_tokens, lookahead=ahead
+    )
+    # float32 against float64: past a choice closer than 1e-5 either outcome is right
+    sure = sum(gap > 1e-5 for gap in trace.least_gap)
+    assert np.asarray(out.tokens)[0, :sure].tolist() == trace.tokens[:sure]
+    assert np.asarray(out.full_steps).tolist() == [[trace.full_steps] * config.num_hidden_layers]
+    return sure, trace
+
+
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    length=st.sampled_from(PROMPTS),
+    budget=st.sampled_from((1, 2, 3, 5, 9, 40)),
+    stride=st.sampled_from((1, 2, 4, 11, 30)),
+    pool=st.sampled_from((1, 3, 7)),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_generate_equals_the_reference(models, shape, length, budget, stride, pool, seed):
+    config, params = models[shape]
+    prompt = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
+    check(params, config, prompt, budget, stride, pool)
+
+
+@pytest.mark.slow
+@given(
+    shape=st.sampled_from(sorted(SHAPES)),
+    length=st.integers(1, 40),
+    budget=st.integers(1, 60),
+    stride=st.integers(1, 40),
+    pool=st.sampled_from((1, 3, 5, 7, 9, 15)),
+    lookahead=st.sampled_from((0, 0, 1, 4, 19, "auto")),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_generate_equals_the_reference_far_and_wide(models, shape, length, budget, stride, pool, lookahead, seed):
+    config, params = models[shape]
+    prompt = np.random.default_rng(seed).integers(0, config.vocab_size, length).tolist()
+    check(params, config, prompt, budget, stride, pool, new_tokens=30, lookahead=lookahead)
+
+
+def test_the_comparison_has_teeth(models):
+    """The reference differs between budgets, strides and pools, and few steps are lost to near ties."""
+    config, params = models["gqa"]
+    prompt = np.random.default_rng(5).integers(0, config.vocab_size, 16).tolist()
+    traces = {}
+    settings = (
+        (3, 4, 1, 0),
+        (3, 11, 1, 0),
+        (9, 4, 1, 0),
+        (3, 4, 7, 0),
+        (40, 4, 7, 0),
+        (3, 4, 1, "auto"),
+        (3, 11, 1, 2),
+    )
+    for budget, stride, pool, ahead in settings:
+        case = budget, stride, pool, ahead
+        sure, traces[case] = check(params, config, prompt, budget, stride, pool, lookahead=ahead)
+        assert sure >= 10
+    distinct = {tuple(trace.tokens) for trace in traces.values()}
+    assert len(distinct) == len(traces)
+
+
+def test_biased_untied_models_too(models):
+    config = dataclasses.replace(models["gqa"][0], qkv_bias=True, tie_word_embeddings=True)
+    params = jax.tree.map(lambda leaf: 4 * leaf, rj.init_params(config, jax.random.key(2)))
+    for layer in range(config.num_hidden_layers):
+        for name in "qkv":
+            dense = params[f"layers_{layer}"]["attention"][f"{name}_proj"]
+            dense["bias"] = jax.random.normal(jax.random.key(layer), dense["bias"].shape)
+    prompt = np.random.default_rng(6).integers(0, config.vocab_size, 16).tolist()
+    sure, _ = check(params, config, prompt, 5, 4, 3)
+    assert sure >= 10
