@@ -7,6 +7,8 @@ One array per layer (rather than a stacked [L, ...] one) is what lets XLA update
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
@@ -14,13 +16,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.config import LlamaConfig
 
+# A field of a pytree: an array, though `jax.tree.map` may put anything in its place, so it is not checked at run time.
+if TYPE_CHECKING:
+    Leaf: TypeAlias = Array
+else:
+    Leaf = Any
+
 
 @flax.struct.dataclass
 class LayerCache:
     """One layer's keys (after RoPE) and values."""
 
-    keys: Array  # [B, K, S, H]
-    values: Array  # [B, K, S, H]
+    keys: Leaf  # [B, K, S, H]
+    values: Leaf  # [B, K, S, H]
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]) -> LayerCache:
         """The cache with T tokens written from `slot` on."""
@@ -37,8 +45,8 @@ class KVCache:
     """All layers' caches and which of their slots hold tokens: `starts[b] <= slot < length`."""
 
     layers: tuple[LayerCache, ...]
-    starts: Array  # int32 [B]: the slot of each row's first token
-    length: Array  # int32 []: slots written so far, the same in every row
+    starts: Leaf  # int32 [B]: the slot of each row's first token
+    length: Leaf  # int32 []: slots written so far, the same in every row
 
     @property
     def capacity(self) -> int:

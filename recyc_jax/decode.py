@@ -8,6 +8,7 @@ KV cache and the policy's state (for recycled attention: the recycled top-K slot
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
-from recyc_jax import cache
+from recyc_jax import cache, model
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
-from recyc_jax.cache import KVCache, LayerCache
+from recyc_jax.cache import KVCache, LayerCache, Leaf
 from recyc_jax.config import LlamaConfig
-from recyc_jax.model import Llama, Params
+from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy, View
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.sampling import Greedy, Sample
@@ -37,8 +38,8 @@ class Prefilled:
     """Prompts that have been read: what `decode` starts from, under any policy that was named to `prefill`."""
 
     cache: KVCache
-    logits: Array  # float32 [B, V]: of each row's last prompt token
-    scores: tuple[Array | None, ...]  # a layer: float32 [B, K, S], the last prompt token's; None where unobserved
+    logits: Leaf  # float32 [B, V]: of each row's last prompt token
+    scores: tuple[Leaf | None, ...]  # a layer: float32 [B, K, S], the last prompt token's; None where unobserved
     prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
 
 
@@ -48,13 +49,13 @@ class DecodeState:
 
     cache: KVCache
     recycled: tuple[Any, ...]  # the policy's state, a layer each
-    token: Array  # int32 [B]: made, not yet fed
-    step: Array  # int32 []: decode steps taken
-    done: Array  # bool [B]: the row has made an end-of-sequence token
-    keys: Array | None  # PRNG keys [B], or None
-    output: Array  # [B, M]: what the run collects of each new token
-    lengths: Array  # int32 [B]: new tokens so far, the end-of-sequence token included
-    full_steps: Array  # int32 [B, L]: full-attention decode steps that made one of those tokens
+    token: Leaf  # int32 [B]: made, not yet fed
+    step: Leaf  # int32 []: decode steps taken
+    done: Leaf  # bool [B]: the row has made an end-of-sequence token
+    keys: Leaf | None  # PRNG keys [B], or None
+    output: Leaf  # [B, M]: what the run collects of each new token
+    lengths: Leaf  # int32 [B]: new tokens so far, the end-of-sequence token included
+    full_steps: Leaf  # int32 [B, L]: full-attention decode steps that made one of those tokens
 
 
 class Generation(NamedTuple):
@@ -107,7 +108,6 @@ def _prefill(
     implementation: str | None,
 ) -> Prefilled:
     attention = api.resolve(implementation)
-    model, variables = Llama(config), {"params": params}
     batch, width = tokens.shape
     chunks = -(-width // max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch)))
     chunk = -(-width // chunks)
@@ -128,7 +128,7 @@ def _prefill(
 
         here = lax.dynamic_slice_in_dim(tokens, offset, chunk, axis=1)
         at = lax.dynamic_slice_in_dim(positions, offset, chunk, axis=1)
-        hidden, after = model.apply(variables, here, at, attend, layers)
+        hidden, after = model.hidden_states(params, config, here, at, attend, layers)
         layers, queries = zip(*after, strict=True)
         return layers, queries, hidden[:, -1]
 
@@ -142,7 +142,7 @@ def _prefill(
     scores = tuple(
         attention.scores(q, kv.keys, visible) if observes else None for q, kv in zip(queries, layers, strict=True)
     )
-    return Prefilled(kv_cache, model.apply(variables, hidden, method=Llama.logits), scores, prompt_slots)
+    return Prefilled(kv_cache, model.logits(params, config, hidden), scores, prompt_slots)
 
 
 def _dtype(params: Params) -> Any:
@@ -179,23 +179,23 @@ def decode_step(
 
     positions = (slot - kv_cache.starts)[:, None]
     layer_states = tuple(zip(kv_cache.layers, state.recycled, strict=True))
-    model = Llama(config)
-    hidden, after = model.apply({"params": params}, state.token[:, None], positions, attend, layer_states)
+    hidden, after = model.hidden_states(params, config, state.token[:, None], positions, attend, layer_states)
     layers, recycled = zip(*after, strict=True)
-    logits = model.apply({"params": params}, hidden[:, 0], method=Llama.logits)
-    fed = state.replace(
+    fed = dataclasses.replace(
+        state,
         cache=KVCache(layers, kv_cache.starts, slot + 1),
         recycled=recycled,
         step=step,
         full_steps=state.full_steps + (jnp.stack(fulls, axis=1) & ~state.done[:, None]).astype(jnp.int32),
     )
-    return _record(fed, choose, logits)
+    return _record(fed, choose, model.logits(params, config, hidden[:, 0]))
 
 
 def _record(state: DecodeState, choose: Choose, logits: Float[Array, "B V"]) -> DecodeState:
     """The state with the token that follows `logits` chosen and recorded in column `step`."""
     token, value, done = choose(logits, state)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         token=token,
         done=done,
         output=lax.dynamic_update_slice_in_dim(state.output, value[:, None], state.step, axis=1),
@@ -413,7 +413,7 @@ def _score(
 
 def _rewound(kv_cache: KVCache, start: Prefilled) -> Prefilled:
     """The state as prefill left it; what decoding wrote beyond the prompt is no longer visible."""
-    return start.replace(cache=kv_cache.replace(length=start.cache.length))
+    return dataclasses.replace(start, cache=dataclasses.replace(kv_cache, length=start.cache.length))
 
 
 def _room(state: Prefilled) -> int:

@@ -75,8 +75,8 @@ def _sentencepiece(fields: dict[str, Any], tokens: list[str]) -> Any:
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    spaces = [normalizers.Replace(" ", "▁")]
-    trim = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[Any] = [normalizers.Replace(" ", "▁")]
+    trim: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if fields.get("tokenizer.ggml.add_space_prefix", True):
         spaces.insert(0, normalizers.Prepend("▁"))
         trim.append(decoders.Strip(" ", 1, 0))

@@ -7,8 +7,9 @@ F feed-forward, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -137,15 +138,30 @@ def init_params(config: LlamaConfig, key: Array, dtype: Any = jnp.float32) -> Pa
     return jax.jit(init)(key)
 
 
-@jax.jit(static_argnames="config")
+def hidden_states(
+    params: Params,
+    config: LlamaConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    states: Sequence[Any],
+) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+    """`Llama.__call__` with these parameters."""
+    return cast(Any, Llama(config).apply({"params": params}, tokens, positions, attend, states))
+
+
+def logits(params: Params, config: LlamaConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """`Llama.logits` with these parameters."""
+    return cast(Any, Llama(config).apply({"params": params}, hidden, method=Llama.logits))
+
+
+@functools.partial(jax.jit, static_argnames="config")
 def forward(params: Params, config: LlamaConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Next-token logits at every position under ordinary causal attention, float32.
 
     The plain parallel pass, for training and as the yardstick of `score`: it builds T x T logits a head and T x V
     outputs. To read long prompts use `prefill`.
     """
-    model = Llama(config)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    states = (None,) * config.num_hidden_layers
-    hidden, _ = model.apply({"params": params}, tokens, positions, _attend_causally, states)
-    return model.apply({"params": params}, hidden, method=Llama.logits)
+    hidden, _ = hidden_states(params, config, tokens, positions, _attend_causally, (None,) * config.num_hidden_layers)
+    return logits(params, config, hidden)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from recyc_jax.config import LlamaConfig
@@ -31,7 +32,7 @@ def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[I
         if prompt_lengths is not None:
             raise ValueError("prompt_lengths goes with an array of prompts; lists carry their own lengths")
         tokens, lengths = _from_lists(prompts)
-    if not isinstance(tokens, jax.core.Tracer) and not isinstance(lengths, jax.core.Tracer):
+    if not isinstance(tokens, Tracer) and not isinstance(lengths, Tracer):
         _check(np.asarray(tokens), np.asarray(lengths), config)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 

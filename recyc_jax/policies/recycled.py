@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import select
 from recyc_jax.attention.api import Implementation
+from recyc_jax.cache import Leaf
 from recyc_jax.policies.base import Attended, Policy, View
 from recyc_jax.policies.schedules import FixedStride
 
@@ -25,8 +26,8 @@ from recyc_jax.policies.schedules import FixedStride
 class Recycled:
     """The partial cache of one layer, as indices into the full one."""
 
-    slots: Array  # int32 [B, K, R]: in rank order at the refresh; -1 is an empty entry
-    lowest: Array  # int32 [B]: the entry that the next new token replaces
+    slots: Leaf  # int32 [B, K, R]: in rank order at the refresh; -1 is an empty entry
+    lowest: Leaf  # int32 [B]: the entry that the next new token replaces
 
     @classmethod
     def of(cls, slots: Int[Array, "B K R"]) -> Recycled:

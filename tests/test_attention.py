@@ -1,0 +1,136 @@
+"""One body for every attention implementation, against numpy; and the selection of slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recyc_jax.attention import api, select
+
+B, K, G, S, H = 2, 2, 3, 40, 8
+SLOTS = jnp.arange(S)
+VISIBLE = (jnp.array([[0], [13]]) <= SLOTS) & (SLOTS < 37)
+
+
+@pytest.fixture(params=sorted(api.IMPLEMENTATIONS))
+def attention(request):
+    with jax.default_matmul_precision("highest"):
+        yield api.resolve(request.param)
+
+
+@pytest.fixture
+def arrays():
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(B, K * G, H)) * 3
+    keys, values = rng.normal(size=(2, B, K, S, H))
+    return tuple(jnp.asarray(x, jnp.float32) for x in (q, keys, values))
+
+
+def attend(q, keys, values, seen):
+    """One head in float64: output and log-probabilities."""
+    logits = np.where(seen, keys @ q / np.sqrt(H), -np.inf)
+    weights = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    with np.errstate(divide="ignore"):
+        return weights @ values, np.log(weights)
+
+
+def by_heads(q, keys, values, seen):
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    heads = [
+        [attend(q[b, n], keys[b, n // G], values[b, n // G], seen(b, n // G)) for n in range(K * G)] for b in range(B)
+    ]
+    out = np.array([[out for out, _ in row] for row in heads])
+    chances = np.array([[chance for _, chance in row] for row in heads]).reshape(B, K, G, -1)
+    return out, chances.max(axis=2)
+
+
+def test_full(attention, arrays):
+    out, scores = by_heads(*arrays, lambda b, k: np.asarray(VISIBLE[b]))
+    np.testing.assert_allclose(attention.full(*arrays, VISIBLE), out, atol=1e-5)
+    got_out, got_scores = attention.full_with_scores(*arrays, VISIBLE)
+    np.testing.assert_allclose(got_out, out, atol=1e-5)
+    seen = np.broadcast_to(VISIBLE[:, None], scores.shape)
+    np.testing.assert_allclose(np.asarray(got_scores)[seen], scores[seen], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(attention.scores(*arrays[:2], VISIBLE))[seen], scores[seen], atol=1e-4)
+    assert np.isfinite(got_scores).all()
+
+
+def test_selected(attention, arrays):
+    rng = np.random.default_rng(1)
+    slots = np.array([[rng.choice(37, 9, replace=False) for _ in range(K)] for _ in range(B)])
+    slots[0, 0, 4:] = -1  # empty entries
+    slots[1, 1, 1:] = -1
+    out, _ = by_heads(*arrays, lambda b, k: np.isin(np.arange(S), slots[b, k]))
+    np.testing.assert_allclose(attention.selected(*arrays, jnp.asarray(slots, jnp.int32)), out, atol=1e-5)
+
+
+def test_nothing_to_see_is_finite(attention, arrays):
+    nothing = jnp.zeros((B, S), jnp.bool_)
+    assert np.isfinite(attention.full(*arrays, nothing)).all()
+    assert np.isfinite(attention.selected(*arrays, jnp.full((B, K, 4), -1, jnp.int32))).all()
+
+
+def test_chunk(attention, arrays):
+    """The third chunk of 8 queries, in slots 16..23, over rows that start at slots 0 and 13."""
+    _, keys, values = arrays
+    rng = np.random.default_rng(2)
+    q = jnp.asarray(rng.normal(size=(B, 8, K * G, H)) * 3, jnp.float32)
+    starts = jnp.array([0, 13], jnp.int32)
+    got = attention.chunk(q, keys, values, starts, jnp.int32(16))
+    for number in range(8):
+        seen = np.asarray((starts[:, None] <= SLOTS) & (17 + number > SLOTS))
+        out, _ = by_heads(q[:, number], keys, values, lambda b, k, seen=seen: seen[b])
+        np.testing.assert_allclose(got[:, number], out, atol=1e-5)
+
+
+def test_bfloat16_keeps_float32_softmax(attention, arrays):
+    half = tuple(x.astype(jnp.bfloat16) for x in arrays)
+    out, scores = attention.full_with_scores(*half, VISIBLE)
+    exact, exact_scores = by_heads(*half, lambda b, k: np.asarray(VISIBLE[b]))
+    assert out.dtype == jnp.bfloat16
+    assert scores.dtype == jnp.float32
+    seen = np.broadcast_to(VISIBLE[:, None], scores.shape)
+    np.testing.assert_allclose(np.asarray(scores)[seen], exact_scores[seen], atol=1e-3)
+    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=0.03)  # weights rounded to 8 bits
+
+
+def test_an_unknown_name_raises():
+    with pytest.raises(ValueError, match="'magic' is unknown"):
+        api.resolve("magic")
+
+
+@given(
+    width=st.sampled_from((1, 3, 7, 15)),
+    lookahead=st.sampled_from((0, 0, 1, 9, 60)),
+    start=st.integers(0, 39),
+    length=st.integers(0, 40),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_pool(width, lookahead, start, length, seed):
+    scores = np.random.default_rng(seed).normal(size=(1, 1, S)).astype(np.float32)
+    visible = (np.arange(S) >= start) & (np.arange(S) < start + length)
+    got = np.asarray(select.pool(jnp.asarray(scores), jnp.asarray(visible[None]), width, lookahead))[0, 0]
+    for slot in range(S):
+        window = [
+            scores[0, 0, at]
+            for at in range(slot - width // 2 - lookahead, slot + width // 2 + 1)
+            if 0 <= at < S and visible[at]
+        ]
+        assert got[slot] == (max(window) if visible[slot] else -np.inf)
+
+
+@given(budget=st.integers(1, 60), levels=st.integers(1, 40), hidden=st.integers(0, 40), seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_top_slots(budget, levels, hidden, seed):
+    """Exact, ties to the lower slot, -1 for what is invisible."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, levels, (1, 2, S)).astype(np.float32)
+    scores[:, :, rng.choice(S, hidden, replace=False)] = -np.inf
+    got = np.asarray(select.top_slots(jnp.asarray(scores), budget))
+    for head in range(2):
+        order = sorted(range(S), key=lambda slot: (-scores[0, head, slot], slot))[:budget]
+        assert got[0, head].tolist() == [-1 if scores[0, head, slot] == -np.inf else slot for slot in order]

@@ -1,0 +1,68 @@
+"""Configs: what is read, and what is refused by name."""
+
+import pytest
+
+import recyc_jax as rj
+
+HF = dict(
+    model_type="llama",
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    eos_token_id=[2, 7],
+)
+
+
+def test_defaults_follow_hugging_face():
+    config = rj.LlamaConfig.from_hf({name: value for name, value in HF.items() if name != "num_key_value_heads"})
+    assert config.num_key_value_heads == 4
+    assert config.head_dim == 16
+    assert config.rope_theta == 10000.0
+    assert not config.tie_word_embeddings
+    assert config.eos_token_ids == (2, 7)
+    assert not config.qkv_bias
+    assert rj.LlamaConfig.from_hf(HF | dict(model_type="qwen2")).qkv_bias
+
+
+def test_old_and_new_rope_fields_agree():
+    scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    old = HF | dict(rope_theta=5e5, rope_scaling=scaling | dict(rope_type="llama3"))
+    older = HF | dict(rope_theta=5e5, rope_scaling=scaling | dict(type="llama3"))
+    new = HF | dict(rope_parameters=scaling | dict(rope_type="llama3", rope_theta=5e5))
+    assert rj.LlamaConfig.from_hf(old) == rj.LlamaConfig.from_hf(new) == rj.LlamaConfig.from_hf(older)
+    assert rj.LlamaConfig.from_hf(new).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_type", "mistral"),
+        ("hidden_act", "gelu"),
+        ("mlp_bias", True),
+        ("attention_bias", True),
+        ("quantization_config", {"bits": 4}),
+        ("use_sliding_window", True),
+        ("partial_rotary_factor", 0.5),
+        ("layer_types", ["full_attention", "sliding_attention"]),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("num_key_value_heads", 3),
+        ("head_dim", 15),
+        ("vocab_size", 0),
+    ],
+)
+def test_what_is_not_supported_is_named(field, value):
+    with pytest.raises(ValueError, match=field):
+        rj.LlamaConfig.from_hf(HF | {field: value})
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_a_missing_field_is_named(field):
+    with pytest.raises(ValueError, match=f"lacks the field '{field}'"):
+        rj.LlamaConfig.from_hf({name: value for name, value in HF.items() if name != field})

@@ -1,0 +1,46 @@
+"""The compiled decode loop: no step copies a cache."""
+
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import recyc_jax as rj
+
+decode = importlib.import_module("recyc_jax.decode")
+POLICIES = {
+    "full": rj.FullAttention(),
+    "recycled": rj.RecycledAttention(budget=16, schedule=rj.FixedStride(5)),
+    "recycled_whole": rj.RecycledAttention(budget=10_000, schedule=rj.FixedStride(5)),
+}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_cache_shaped_copy(params, config, name):
+    state = rj.prefill(params, config, [[1] * 240] * 2, policies=(POLICIES[name],), max_new_tokens=33)
+    cache = state.cache.layers[0].keys
+    lowered = decode._decode.lower(params, state, None, config, POLICIES[name], 33, rj.Greedy(), (), 0, None)
+    compiled = lowered.compile()
+    shape = ",".join(map(str, cache.shape))
+    copies = [line for line in compiled.as_text().splitlines() if re.search(rf"\[{shape}\]\S* copy\(", line)]
+    assert not copies
+    # the caches are donated and updated in place: beside what is gathered, less than one layer's is needed
+    gathered = min(getattr(POLICIES[name], "budget", 0) / cache.shape[2], 1)
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.nbytes * (1 + gathered)
+
+
+def test_a_copy_would_be_seen():
+    """The check's own check: a cond that takes and returns the cache copies it."""
+
+    def loop(cache):
+        def step(cache, at):
+            after = jax.lax.cond(at % 5 == 0, lambda c: c.at[:, :, at].set(1.0), lambda c: c, cache)
+            return after, jnp.sum(cache[:, :, at] * after[:, :, at - 1])
+
+        return jax.lax.scan(step, cache, jnp.arange(33))
+
+    shape = jax.ShapeDtypeStruct((2, 2, 272, 8), jnp.float32)
+    text = jax.jit(loop, donate_argnums=0).lower(shape).compile().as_text()
+    assert re.search(r"\[2,2,272,8\]\S* copy\(", text)

@@ -1,0 +1,55 @@
+"""Policy strings and policies' own checks."""
+
+import pytest
+
+import recyc_jax as rj
+
+
+def test_strings_name_policies():
+    assert rj.parse_policy("full") == rj.FullAttention()
+    assert rj.parse_policy("recycled:budget=512,stride=10") == rj.RecycledAttention(512, rj.FixedStride(10))
+    assert rj.parse_policy("recycled:stride=5,budget=0.125,pool=1,lookahead=4", 4096) == rj.RecycledAttention(
+        512, rj.FixedStride(5), pool=1, lookahead=4
+    )
+    assert rj.parse_policy("recycled:budget=1.0,stride=5,lookahead=auto", 100) == rj.RecycledAttention(
+        100, rj.FixedStride(5), lookahead="auto"
+    )
+    assert rj.parse_policy("recycled:budget=0.001,stride=5", 100).budget == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("magic", "'magic' is unknown; there is full, recycled"),
+        ("", "'' is unknown"),
+        ("full:budget=3", "full has no option budget"),
+        ("recycled", "needs budget"),
+        ("recycled:budget=8", "needs stride"),
+        ("recycled:budget=8,stride=0", "stride=0 must be at least 1"),
+        ("recycled:budget=0,stride=1", "budget=0 must be at least 1"),
+        ("recycled:budget=-4,stride=1", "budget=-4 must be at least 1"),
+        ("recycled:budget=8,stride=1.5", r"stride=1\.5 is not a whole number"),
+        ("recycled:budget=many,stride=1", "budget=many is not a whole number"),
+        ("recycled:budget=1.5,stride=1", "must lie in"),
+        ("recycled:budget=0.0,stride=1", "must lie in"),
+        ("recycled:budget=0.x,stride=1", r"budget=0\.x is not a number"),
+        ("recycled:budget=8,stride=2,stride=3", "gives stride twice"),
+        ("recycled:budget=8,stride", "'stride' is not of the form key=value"),
+        ("recycled:budget=8,stride=2,pool=4", "pool=4 must be odd"),
+        ("recycled:budget=8,stride=2,lookahead=-1", "lookahead=-1"),
+        ("recycled:budget=8,stride=2,colour=red", "recycled has no option colour"),
+    ],
+)
+def test_bad_strings_say_what_is_wrong(text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        rj.parse_policy(text, 1000)
+    assert repr(text) in str(error.value)
+
+
+def test_a_fraction_needs_a_length():
+    with pytest.raises(ValueError, match="needs a length"):
+        rj.parse_policy("recycled:budget=0.125,stride=10")
+
+
+def test_policies_are_hashable_and_frozen():
+    assert len({rj.RecycledAttention(8, rj.FixedStride(2)), rj.RecycledAttention(8, rj.FixedStride(2))}) == 1

@@ -1,0 +1,64 @@
+"""Samplers: distributions, restrictions and keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import recyc_jax as rj
+
+LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
+DRAWS = 20_000
+
+
+def frequencies(sampler):
+    keys = jax.random.split(jax.random.key(0), DRAWS)
+    drawn = sampler(jnp.broadcast_to(LOGITS, (DRAWS, 5)), keys, jnp.int32(3))
+    return np.bincount(drawn, minlength=5) / DRAWS
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        (rj.Sample(), [0.4, 0.3, 0.15, 0.1, 0.05]),
+        (rj.Sample(temperature=0.5), np.array([0.16, 0.09, 0.0225, 0.01, 0.0025]) / 0.285),
+        (rj.Sample(top_k=2), [4 / 7, 3 / 7, 0, 0, 0]),
+        (rj.Sample(top_k=50), [0.4, 0.3, 0.15, 0.1, 0.05]),
+        (rj.Sample(top_p=0.8), np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85),
+        (rj.Sample(top_p=0.01), [1, 0, 0, 0, 0]),
+        (rj.Sample(top_p=1.0), [0.4, 0.3, 0.15, 0.1, 0.05]),
+        (rj.Sample(top_k=4, top_p=0.75), np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85),  # top_p of what top_k left: 0.7125
+    ],
+)
+def test_draws_follow_the_distribution(sampler, expected):
+    np.testing.assert_allclose(frequencies(sampler), expected, atol=4 * 0.5 / DRAWS**0.5)
+
+
+def test_greedy_takes_the_first_of_ties():
+    assert rj.Greedy()(jnp.array([[0.0, 2.0, 2.0]]), None, jnp.int32(0)).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "options", [dict(temperature=0.0), dict(temperature=-1.0), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.1)]
+)
+def test_bad_options_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        rj.Sample(**options)
+
+
+def test_rows_draw_alone(params, config):
+    """A row's draws depend on its key and step, not on its neighbours; one key gives every row its own."""
+    run = dict(max_new_tokens=12, sampling=rj.Sample(temperature=2.0), eos_ids=())
+    prompts = [[4, 5, 6]] * 3
+    key = jax.random.key(7)
+    together = rj.generate(params, config, prompts, key=key, **run).tokens
+    assert len({tuple(row) for row in together.tolist()}) == 3
+    row_keys = jnp.stack([jax.random.fold_in(key, row) for row in range(3)])
+    np.testing.assert_array_equal(together, rj.generate(params, config, prompts, key=row_keys, **run).tokens)
+    alone = rj.generate(params, config, prompts[:1], key=row_keys[2:], **run).tokens
+    np.testing.assert_array_equal(together[2], alone[0])
+    raw = rj.generate(params, config, prompts, key=jax.random.key_data(key), **run).tokens
+    np.testing.assert_array_equal(together, raw)
+    assert (
+        np.asarray(together) != np.asarray(rj.generate(params, config, prompts, key=jax.random.key(8), **run).tokens)
+    ).any()
