@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import random
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,7 +73,6 @@ class Task(abc.ABC):
     """A generator of samples of one task at one total length."""
 
     new_tokens: int
-    estimate_factor = 3  # how far past the linear estimate the search for a size may look
     metric = "all"  # which references count: all of them, or the best one ("part")
 
     def __init__(self, name: str, material: Material, prompting: Prompting, length: int, seed: int) -> None:
@@ -89,6 +89,11 @@ class Task(abc.ABC):
     def smallest(self) -> int:
         """The least size that still makes a sample."""
         return 1
+
+    @property
+    def largest(self) -> int:
+        """The greatest size there is material for."""
+        return sys.maxsize
 
     @abc.abstractmethod
     def draft(self, size: int, rng: random.Random, index: int) -> Draft:
@@ -109,7 +114,10 @@ class Task(abc.ABC):
 
     @property
     def size(self) -> int:
-        """One size for all samples: the largest that the search found to fit, as in the reference."""
+        """One size for all samples: the largest that the search found to fit.
+
+        As in the reference, each size tried is one fresh sample; its upper bound is found by doubling, not estimated.
+        """
         if self._size is None:
             self._size = self._search()
         return self._size
@@ -118,16 +126,16 @@ class Task(abc.ABC):
         def length(size: int) -> int:
             return self._build(size, self.rng("size", size), 0).length
 
-        low = max(self.step, self.smallest)
-        first = length(low)
-        best = low
-        high = max(2 * low, int(self.estimate_factor * self.length / max(1, first) * low))
-        while low <= high:
+        best = max(self.step, self.smallest)
+        low, high = best + 1, min(2 * best, self.largest + 1)  # high does not fit, or does not exist
+        while high <= self.largest and length(high) <= self.length:
+            best, low, high = high, high + 1, min(2 * high, self.largest + 1)
+        while low < high:
             middle = (low + high) // 2
             if length(middle) <= self.length:
                 best, low = middle, middle + 1
             else:
-                high = middle - 1
+                high = middle
         return best
 
     def _shrinking(self, size: int) -> Sequence[int]:

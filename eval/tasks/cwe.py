@@ -18,7 +18,6 @@ class CommonWords(Task):
     """`size` counts distinct words."""
 
     new_tokens = 120
-    estimate_factor = 2
 
     def __init__(self, name: str, material: Material, prompting: Prompting, length: int, seed: int) -> None:
         super().__init__(name, material, prompting, length, seed)
@@ -37,9 +36,17 @@ class CommonWords(Task):
     def smallest(self) -> int:
         return COMMON + 1  # one uncommon word
 
+    @property
+    def largest(self) -> int:
+        return len(self._pool)
+
+    def _search(self) -> int:
+        size = super()._search()
+        if size == self.largest:
+            raise ValueError(f"cwe at length {self.length} needs more distinct words than the {size} of the word lists")
+        return size
+
     def draft(self, size: int, rng: random.Random, index: int) -> Draft:
-        if size > len(self._pool):
-            raise ValueError(f"cwe at length {self.length} needs {size} distinct words; {len(self._pool)} are there")
         example, example_answer = self._problem(self._example_words, *self._example_repeats, rng)
         body, answer = self._problem(size, *self._repeats, rng)
         solved = " ".join(f"{number}. {word}" for number, word in enumerate(example_answer, 1))

@@ -39,12 +39,7 @@ def causal(
 def _decode_logits(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
-    visible: Bool[
-        Array,
-        (
-            B  # K S
-        ),
-    ],
+    visible: Bool[Array, "B _ S"],
 ) -> Float[Array, "B K G S"]:
     grouped = _grouped(q, keys.shape[1])
     logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32)

@@ -1,0 +1,133 @@
+"""Loading checkpoints from folders: what is read, and what is said of a damaged one."""
+
+import json
+
+import checkpoints
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import recyc_jax as rj
+from recyc_jax import fetch, pretrained
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("options", [{}, dict(tie_word_embeddings=True), dict(qkv_bias=True)], ids=str)
+def test_a_folder_loads_whole(tmp_path, shards, options):
+    params, config = checkpoints.write_folder(tmp_path, shards=shards, **options)
+    lm = rj.load_pretrained(str(tmp_path))
+    chex.assert_trees_all_equal(lm.params, params)
+    chex.assert_trees_all_equal_structs(lm.params, params)
+    assert lm.config == rj.LlamaConfig(**{**vars(config), "eos_token_ids": (0,)})
+    assert lm.tokenizer("is green")["input_ids"] == checkpoints.tokenizer().encode("is green").ids
+
+
+def test_dtypes(tmp_path):
+    """float32 on CPU unless asked otherwise; stored bfloat16 is read as it is."""
+    params, _ = checkpoints.write_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(file).items()}, file)
+    expected = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    chex.assert_trees_all_equal(rj.load_pretrained(str(tmp_path), dtype=jnp.bfloat16).params, expected)
+    if jax.default_backend() == "cpu":
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), expected)
+        chex.assert_trees_all_equal(rj.load_pretrained(str(tmp_path)).params, wide)
+
+
+def test_generation_config_names_the_eos(tmp_path):
+    checkpoints.write_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert pretrained.read_config(tmp_path).eos_token_ids == (5, 6)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    checkpoints.write_folder(tmp_path, shards=3)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-00002-of-00003\.safetensors: this shard is missing"):
+        rj.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 3000, -10])
+def test_a_truncated_file_is_named(tmp_path, kept):
+    checkpoints.write_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file"):
+        rj.load_pretrained(str(tmp_path))
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    checkpoints.write_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors: tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"
+    ):
+        rj.load_pretrained(str(tmp_path))
+
+
+def test_a_tensor_that_the_index_lacks_is_named(tmp_path):
+    checkpoints.write_folder(tmp_path, shards=2)
+    index = tmp_path / "model.safetensors.index.json"
+    places = json.loads(index.read_text())["weight_map"]
+    del places["model.norm.weight"]
+    index.write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ValueError, match=r"index\.json: tensor model\.norm\.weight is missing"):
+        rj.load_pretrained(str(tmp_path))
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    checkpoints.write_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.self_attn.k_proj.weight"] = np.zeros((8, 32), np.float32)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=r"k_proj\.weight has shape \[8, 32\], the config asks for \[16, 32\]"):
+        rj.load_pretrained(str(tmp_path))
+
+
+def test_bad_sources_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        rj.load_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="neither a folder"):
+        rj.load_pretrained("no-such-model")
+    with pytest.raises(ValueError, match="there is no such file"):
+        rj.load_pretrained(str(tmp_path / "none.gguf"))
+    checkpoints.write_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read as JSON"):
+        rj.load_pretrained(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(ValueError, match=r"config\.json: model_type='gpt2' is not supported"):
+        rj.load_pretrained(str(tmp_path))
+
+
+def test_no_weights_are_named(tmp_path):
+    checkpoints.write_folder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
+        rj.load_pretrained(str(tmp_path))
+
+
+def test_what_is_being_built_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "cache" / "model"
+
+    def fail_half_way():
+        with fetch.building(target) as work:
+            work.mkdir()
+            (work / "part").write_text("x")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way()
+    assert list((tmp_path / "cache").iterdir()) == []
+    with fetch.building(target) as work:
+        work.mkdir()
+        (work / "part").write_text("x")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["model"]
