@@ -195,8 +195,8 @@ def test_cwe(build, length, often, rarely):
     assert sample.answer_prefix == " Answer: The top 10 words that appear most often in the list are:"
 
 
-def test_cwe_at_128k_has_words_enough(build):
-    assert 4000 < build("cwe", 131072).size < 8166
+def test_cwe_at_64k_has_words_enough(build):
+    assert 4000 < build("cwe", 65536).size < 8166
 
 
 def test_cwe_names_what_it_lacks(build):
