@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_default_matmul_precision", "highest")  # token-for-token laws; a GPU would take TF32
 
 with install_import_hook("recyc_jax", "beartype.beartype"):
     import recyc_jax as rj
@@ -17,10 +18,9 @@ with install_import_hook("recyc_jax", "beartype.beartype"):
 ROOT = Path(__file__).parent.parent
 
 
-def pytest_collection_modifyitems(items):
-    """GPU tests asked for (-m gpu) on a machine without a GPU are an error of the caller: say so, don't pass."""
-    if any(item.get_closest_marker("gpu") for item in items) and os.environ.get("RECYC_JAX_REQUIRE_GPU"):
-        assert jax.default_backend() == "gpu", f"no GPU: JAX found {jax.devices()}"
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.fail(f"-m gpu asks for a GPU; JAX found {jax.devices()}")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """One body for every attention implementation, against numpy; and the selection of slots."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,8 +15,7 @@ VISIBLE = (jnp.array([[0], [13]]) <= SLOTS) & (SLOTS < 37)
 
 @pytest.fixture(params=sorted(api.IMPLEMENTATIONS))
 def attention(request):
-    with jax.default_matmul_precision("highest"):
-        yield api.resolve(request.param)
+    return api.resolve(request.param)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The compiled decode loop: no step copies a cache."""
+"""What is compiled: no decode step copies a cache, and prefill's memory does not grow with the square of the prompt."""
 
 import importlib
 import re
@@ -44,3 +44,26 @@ def test_a_copy_would_be_seen():
     shape = jax.ShapeDtypeStruct((2, 2, 272, 8), jnp.float32)
     text = jax.jit(loop, donate_argnums=0).lower(shape).compile().as_text()
     assert re.search(r"\[2,2,272,8\]\S* copy\(", text)
+
+
+def test_prefill_of_128k_tokens_needs_no_square():
+    """At Llama-3.1-8B's attention shape; compiled, not run."""
+    config = rj.LlamaConfig.tiny(
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,
+    )
+    params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
+    temp = {}
+    for length in (32768, 131072):
+        tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        lowered = decode._prefill.lower(params, tokens, lengths, config, 64, True, None)
+        temp[length] = lowered.compile().memory_analysis().temp_size_in_bytes
+    cache = 2 * config.num_hidden_layers * 8 * 128 * 2 * 131072
+    one_head = 131072**2 * 2
+    assert temp[131072] < cache < one_head
+    assert temp[131072] < 5 * temp[32768]

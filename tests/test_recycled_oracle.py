@@ -30,8 +30,7 @@ def models():
 
 def check(params, config, prompt, budget, stride, pool, new_tokens=12, lookahead=0):
     policy = rj.RecycledAttention(budget, rj.FixedStride(stride), pool=pool, lookahead=lookahead)
-    with jax.default_matmul_precision("highest"):
-        out = rj.generate(params, config, [prompt], policy=policy, max_new_tokens=new_tokens, eos_ids=())
+    out = rj.generate(params, config, [prompt], policy=policy, max_new_tokens=new_tokens, eos_ids=())
     ahead = stride - 1 if lookahead == "auto" else lookahead
     trace = oracle.recycled(
         params, config, prompt, budget=budget, stride=stride, pool=pool, new_tokens=new_tokens, lookahead=ahead
