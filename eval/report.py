@@ -43,17 +43,16 @@ def _ordered(summary: Summary, name: str) -> list[Any]:
 
 
 def _grid(summary: Summary, length: int) -> tuple[list[str], list[list[str]]]:
-    """Heading and rows of one length's table: a policy a row, a task a column, the plain mean of the tasks last."""
+    """One length's policies, and its table's rows: a task a row, a policy a column, the plain mean of the tasks last."""
     at_length = [row for row in summary if row["length"] == length]
     tasks, policies = _ordered(at_length, "task"), _ordered(at_length, "policy")
-    cells = {(row["policy"], row["task"]): row for row in at_length}
-    body = []
+    cells = {(row["task"], row["policy"]): row for row in at_length}
+    body = [[task, *(_cell(cells.get((task, policy))) for policy in policies)] for task in tasks]
+    means = ["mean"]
     for policy in policies:
-        found = [cells.get((policy, task)) for task in tasks]
-        scores = [cell["score"] for cell in found if cell]
-        mean = f"{statistics.fmean(scores):.1f}" if len(scores) == len(tasks) else "-"
-        body.append([policy, *map(_cell, found), mean])
-    return ["policy", *tasks, "mean"], body
+        scores = [cells[task, policy]["score"] for task in tasks if (task, policy) in cells]
+        means.append(f"{statistics.fmean(scores):.1f}" if len(scores) == len(tasks) else "-")
+    return policies, [*body, means]
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -69,12 +68,13 @@ def print_tables(summary: Summary) -> None:
 
     console = Console()
     for length in _ordered(summary, "length"):
-        heading, body = _grid(summary, length)
+        policies, body = _grid(summary, length)
         table = Table(title=f"RULER at {length} tokens: score ± standard error, percent")
-        for number, name in enumerate(heading):
-            table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column("task", no_wrap=True)
+        for policy in policies:
+            table.add_column(policy.replace(":", "\n").replace(",", "\n"), justify="right")
         for row in body:
-            table.add_row(*row)
+            table.add_row(*row, end_section=row is body[-2])
         console.print(table)
 
 
@@ -89,10 +89,11 @@ def write(
         lines += [f"> {note}", ""]
     lines += ["Scores are percent ± standard error over samples; the mean is the plain mean of the tasks.", ""]
     for length in _ordered(summary, "length"):
-        heading, body = _grid(summary, length)
+        policies, body = _grid(summary, length)
+        heading = ["task", *(f"`{policy}`" for policy in policies)]
         counts = sorted({row["n"] for row in summary if row["length"] == length})
         lines += [f"## {length} tokens", "", f"{' or '.join(map(str, counts))} samples a task.", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in [heading, ["---"] * len(heading), *body]] + [""]
+        lines += ["| " + " | ".join(row) + " |" for row in [heading, ["---"] + ["---:"] * len(policies), *body]] + [""]
     lines += ["## Budgets", "", *(f"- {budget}" for budget in budgets), "", "![scores](plot.png)", ""]
     lines += ["Time spent decoding (first compilations included, prefill not), in seconds:", ""]
     for policy in _ordered(summary, "policy"):

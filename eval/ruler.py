@@ -37,16 +37,20 @@ class Config:
     """Comma-separated task names, or all (13)."""
     lengths: str = "1024"
     """Comma-separated total lengths: prompt and answer, in tokens."""
-    samples: int = 8
+    samples: int = 6
     """Samples of each task and length."""
-    policies: tuple[str, ...] = ("full", "recycled:budget=0.125,stride=10")
+    policies: tuple[str, ...] = (
+        "full",
+        "recycled:budget=0.125,stride=10",
+        "recycled:budget=0.125,stride=10,lookahead=auto",
+    )
     """Policies, separated by spaces; a budget with a point is a fraction of the length."""
     template: Literal["base", "chat"] = "base"
     """base: the bare prompt. chat: the tokenizer's chat template around it."""
     seed: int = 42
     out: Path = Path("results/ruler")
     """Folder of results; an interrupted run goes on in it."""
-    batch_size: int = 8
+    batch_size: int = 6
     dump_samples: Path | None = None
     """Write the samples to this folder in RULER's layout and stop."""
     data: Path | None = None

@@ -6,6 +6,7 @@ import checkpoints
 import chex
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,11 +87,11 @@ def model(**overrides):
 def test_float32_weights_come_back_exactly(tmp_path, arch, options, capsys):
     params, config = model(**options)
     write(tmp_path / "m.gguf", params, config, arch=arch)
-    lm = rj.load_pretrained(str(tmp_path / "m.gguf"))
+    lm = rj.load_pretrained(str(tmp_path / "m.gguf"), dtype=jnp.float32)
     assert lm.config == config
     chex.assert_trees_all_equal(lm.params, params)
     assert "converted once" in capsys.readouterr().out
-    again = rj.load_pretrained(str(tmp_path / "m.gguf"))
+    again = rj.load_pretrained(str(tmp_path / "m.gguf"), dtype=jnp.float32)
     assert "converted" not in capsys.readouterr().out
     chex.assert_trees_all_equal(again.params, params)
     assert lm.tokenizer.convert_ids_to_tokens(lm.tokenizer("in 1850")["input_ids"])[-5:] == ["Ġ", *"1850"]
@@ -101,7 +102,7 @@ def test_other_types_are_dequantised(tmp_path, name):
     kind = gguf.GGMLQuantizationType[name]
     params, config = model()
     write(tmp_path / "m.gguf", params, config, quantise=kind)
-    loaded = rj.load_pretrained(str(tmp_path / "m.gguf")).params
+    loaded = rj.load_pretrained(str(tmp_path / "m.gguf"), dtype=jnp.float32).params
     weight = np.asarray(params["layers_1"]["mlp"]["up_proj"]["kernel"]).T
     expected = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
     got = np.asarray(loaded["layers_1"]["mlp"]["up_proj"]["kernel"]).T

@@ -56,14 +56,13 @@ def test_prefill_of_128k_tokens_needs_no_square():
         head_dim=128,
         max_position_embeddings=131072,
     )
-    params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
+    # float32: XLA for CPU may widen a bfloat16 cache as a whole, which no accelerator does
+    params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0)))
     temp = {}
     for length in (32768, 131072):
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
         lowered = decode._prefill.lower(params, tokens, lengths, config, 64, True, None)
         temp[length] = lowered.compile().memory_analysis().temp_size_in_bytes
-    cache = 2 * config.num_hidden_layers * 8 * 128 * 2 * 131072
-    one_head = 131072**2 * 2
-    assert temp[131072] < cache < one_head
-    assert temp[131072] < 5 * temp[32768]
+    assert temp[131072] < 1.05 * temp[32768]
+    assert temp[131072] < 131072**2 / 32  # bytes: a 32nd of one head's square at one byte each

@@ -19,7 +19,7 @@ from recyc_jax import fetch, pretrained
 @pytest.mark.parametrize("options", [{}, dict(tie_word_embeddings=True), dict(qkv_bias=True)], ids=str)
 def test_a_folder_loads_whole(tmp_path, shards, options):
     params, config = checkpoints.write_folder(tmp_path, shards=shards, **options)
-    lm = rj.load_pretrained(str(tmp_path))
+    lm = rj.load_pretrained(str(tmp_path), dtype=jnp.float32)
     chex.assert_trees_all_equal(lm.params, params)
     chex.assert_trees_all_equal_structs(lm.params, params)
     assert lm.config == rj.LlamaConfig(**{**vars(config), "eos_token_ids": (0,)})
