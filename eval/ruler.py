@@ -20,7 +20,7 @@ from eval.backend import Backend
 
 if TYPE_CHECKING:
     from eval.runlog import Row, RunLog
-    from eval.tasks.base import Material, Prompting, Sample, Task
+    from eval.tasks.base import Material, Prompting, Sample
     from recyc_jax.config import LlamaConfig
     from recyc_jax.pretrained import PretrainedLM
 
@@ -70,13 +70,14 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One task at one length: where its samples come from."""
+    """One task at one length: how many samples, and where each comes from."""
 
     task: str
     length: int
     new_tokens: int
     metric: str
-    samples: Callable[[], list[Sample]]
+    count: int
+    sample: Callable[[int], Sample]
 
 
 def main(args: list[str] | None = None) -> int:
@@ -190,56 +191,34 @@ def _cells(
     config: Config, tasks: list[str], lengths: list[int], prompting: Prompting, model_config: LlamaConfig
 ) -> tuple[list[Cell], dict[str, str], list[str]]:
     """The cells to run, the sources of their texts, and a note for each task that is left out."""
+    from rich.progress import track
+
     from eval.tasks.registry import TASKS
 
+    pairs = [(task, length) for length in lengths for task in tasks]
     if config.data is not None:
         longest = None if config.allow_beyond_context else model_config.max_position_embeddings
-        read = _reader(config, prompting, longest)
-        cells = [
-            Cell(task, length, TASKS[task].new_tokens, TASKS[task].metric, read(task, length))
-            for length in lengths
-            for task in tasks
-        ]
+        cells = [_read(config, task, length, prompting, longest) for task, length in track(pairs, "reading samples")]
         return cells, {"samples": str(config.data)}, []
     material, sources, notes, missing = _material(config, tasks)
     cells = []
-    for length in lengths:
-        for name in tasks:
-            if name not in missing:
-                task = TASKS[name](name, material, prompting, length, config.seed)
-                cells.append(Cell(name, length, task.new_tokens, task.metric, _builder(config, task)))
+    for name, length in track([pair for pair in pairs if pair[0] not in missing], "sizing samples"):
+        task = TASKS[name](name, material, prompting, length, config.seed)
+        cells.append(Cell(name, length, task.new_tokens, task.metric, config.samples, task.sample))
+        # what could fail does so now, before weights load: the search for a size and, where space is tight, any sample
+        for index in range(config.samples) if length < 4096 else {0, config.samples - 1}:
+            task.sample(index)
     return cells, sources, notes
 
 
-def _reader(
-    config: Config, prompting: Prompting, longest: int | None
-) -> Callable[[str, int], Callable[[], list[Sample]]]:
+def _read(config: Config, task: str, length: int, prompting: Prompting, longest: int | None) -> Cell:
     from eval import samples
     from eval.tasks.registry import TASKS
 
-    def read(task: str, length: int) -> Callable[[], list[Sample]]:
-        assert config.data is not None
-        found = samples.read(
-            config.data, length, task, config.samples, prompting.count, TASKS[task].new_tokens, longest
-        )
-        return lambda: found
-
-    return read
-
-
-def _builder(config: Config, task: Task) -> Callable[[], list[Sample]]:
-    """Builds a cell's samples when they are wanted. What could fail does so now: the search for a size, and at lengths
-    near a task's minimum every sample."""
-
-    def build() -> list[Sample]:
-        return [task.sample(index) for index in range(config.samples)]
-
-    task.sample(0)
-    task.sample(config.samples - 1)
-    if task.length < 4096:
-        found = build()
-        return lambda: found
-    return build
+    assert config.data is not None
+    kind = TASKS[task]
+    found = samples.read(config.data, length, task, config.samples, prompting.count, kind.new_tokens, longest)
+    return Cell(task, length, kind.new_tokens, kind.metric, len(found), found.__getitem__)
 
 
 def _material(config: Config, tasks: list[str]) -> tuple[Material, dict[str, str], list[str], set[str]]:
@@ -272,7 +251,7 @@ def _dump(folder: Path, cells: list[Cell], prompting: Prompting) -> int:
 
     overhead = prompting.count(prompting.wrap("x")) - prompting.count("x")
     for cell in cells:
-        print(samples.write(folder, cell.length, cell.task, cell.samples(), overhead))
+        print(samples.write(folder, cell.length, cell.task, map(cell.sample, range(cell.count)), overhead))
     return 0
 
 
@@ -296,16 +275,16 @@ def _open_log(config: Config, cells: list[Cell], sources: dict[str, str]) -> Run
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _missing(config: Config, cell: Cell, log: RunLog) -> Iterator[tuple[tuple[str, ...], list[Sample]]]:
-    """Batches of samples that are not in the log yet, with the policies that they lack."""
-    lacking: dict[tuple[str, ...], list[Sample]] = {}
-    for sample in cell.samples():
-        absent = tuple(p for p in config.policies if (p, cell.task, cell.length, sample.index) not in log)
+def _missing(config: Config, cell: Cell, log: RunLog) -> Iterator[tuple[tuple[str, ...], list[int]]]:
+    """Batches of samples that are not in the log yet, by index, with the policies that they lack."""
+    lacking: dict[tuple[str, ...], list[int]] = {}
+    for index in range(cell.count):
+        absent = tuple(policy for policy in config.policies if (policy, cell.task, cell.length, index) not in log)
         if absent:
-            lacking.setdefault(absent, []).append(sample)
-    for policies, samples in lacking.items():
-        for at in range(0, len(samples), config.batch_size):
-            yield policies, samples[at : at + config.batch_size]
+            lacking.setdefault(absent, []).append(index)
+    for policies, indices in lacking.items():
+        for at in range(0, len(indices), config.batch_size):
+            yield policies, indices[at : at + config.batch_size]
 
 
 def _evaluate(config: Config, lm: PretrainedLM, todo: list[tuple[Cell, list[Any]]], log: RunLog) -> None:
@@ -326,12 +305,13 @@ def _evaluate(config: Config, lm: PretrainedLM, todo: list[tuple[Cell, list[Any]
         TextColumn("left:"),
         TimeRemainingColumn(elapsed_when_finished=False, compact=False),
     )
-    total = sum(len(policies) * len(samples) for _, missing in todo for policies, samples in missing)
+    total = sum(len(policies) * len(indices) for _, missing in todo for policies, indices in missing)
     with Progress(*columns) as progress:
         bar = progress.add_task("evaluating", total=total)
         for cell, missing in todo:
             progress.update(bar, description=f"{cell.task} at {cell.length}")
-            for policies, samples in missing:
+            for policies, indices in missing:
+                samples = [cell.sample(index) for index in indices]
                 for rows in _decode_batch(config, lm, cell, policies, samples):
                     log.append(rows)
                     progress.advance(bar, len(rows))
