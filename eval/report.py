@@ -11,17 +11,20 @@ from typing import Any
 
 from eval.runlog import Row, write_text
 from eval.scoring import mean_and_error
+from eval.tasks.registry import TASKS
 
 Summary = list[dict[str, Any]]
 
 
-def summarise(rows: Sequence[Row]) -> Summary:
-    """A row for each policy, task and length, in order of appearance; scores and their standard errors in percent."""
+def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
+    """A row for each length, task and policy, in this order; scores and their standard errors in percent."""
     cells: dict[tuple[int, str, str], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["length"], row["task"], row["policy"]), []).append(row)
     summary = []
-    for (length, task, policy), cell in cells.items():
+    order = {task: number for number, task in enumerate(TASKS)}
+    for key in sorted(cells, key=lambda key: (key[0], order[key[1]], policies.index(key[2]))):
+        (length, task, policy), cell = key, cells[key]
         mean, error = mean_and_error([row["score"] for row in cell])
         summary.append(
             {
@@ -92,7 +95,8 @@ def write(
         policies, body = _grid(summary, length)
         heading = ["task", *(f"`{policy}`" for policy in policies)]
         counts = sorted({row["n"] for row in summary if row["length"] == length})
-        lines += [f"## {length} tokens", "", f"{' or '.join(map(str, counts))} samples a task.", ""]
+        tasks = len(body) - 1
+        lines += [f"## {length} tokens", "", f"{tasks} tasks of 13, {' or '.join(map(str, counts))} samples each.", ""]
         lines += ["| " + " | ".join(row) + " |" for row in [heading, ["---"] + ["---:"] * len(policies), *body]] + [""]
     lines += ["## Budgets", "", *(f"- {budget}" for budget in budgets), "", "![scores](plot.png)", ""]
     lines += ["Time spent decoding (first compilations included, prefill not), in seconds:", ""]

@@ -7,6 +7,8 @@ is appended to OUT/results.jsonl, so that the same command goes on where an inte
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import shlex
 import sys
 import time
@@ -78,22 +80,34 @@ class Cell:
     metric: str
     count: int
     sample: Callable[[int], Sample]
+    longest: int  # prompt, without special tokens
+
+    def check(self) -> None:
+        """Meet what could fail, before weights load: the search for a size and, where space is tight, any sample."""
+        for index in range(self.count) if self.length < 4096 else {0, self.count - 1}:
+            self.sample(index)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     config = tyro.cli(Config, prog="python -m eval.ruler", args=args)
     try:
-        return _run(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            run = _prepare(config)
+        except (ValueError, OSError) as error:  # of input, all of it looked at before weights load
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        run()
     except KeyboardInterrupt:
         print(f"interrupted; the same command goes on with what {config.out} holds", file=sys.stderr)
         return 130
+    return 0
 
 
-def _run(config: Config) -> int:
+def _prepare(config: Config) -> Callable[[], None]:
+    """Everything up to and including the loading of weights; what is left to do is returned."""
+    from rich.progress import track
+
     from eval import backend
     from recyc_jax import pretrained
 
@@ -115,18 +129,32 @@ def _run(config: Config) -> int:
     if not cells:
         raise ValueError("no task is left to run")
     if config.dump_samples is not None:
-        return _dump(config.dump_samples, cells, prompting)
+        for cell in cells:
+            cell.check()
+        _dump(config.dump_samples, cells, prompting)
+        return lambda: None
 
+    import jax
     import jax.numpy as jnp
 
-    log = _open_log(config, cells, sources)
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = usual if config.dtype == "auto" else config.dtype
+    log = _open_log(config, cells, {"weights": folder.name, "dtype": dtype, **sources})
     todo = [(cell, list(_missing(config, cell, log))) for cell in cells]
-    if any(missing for _, missing in todo):
-        dtype = None if config.dtype == "auto" else jnp.dtype(config.dtype)
-        params = pretrained.load_params(folder, model_config, dtype)
-        _evaluate(config, pretrained.PretrainedLM(params, model_config, tokenizer), todo, log)
-    _report(config, folder, log, sources, notes)
-    return 0
+    todo = [(cell, missing) for cell, missing in todo if missing]
+    for cell, _ in track(todo, "checking samples", transient=True):
+        cell.check()
+    report = functools.partial(_report, config, log, {"weights": folder.name, "dtype": dtype, **sources}, notes)
+    if not todo:
+        return report
+    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype))
+    lm = pretrained.PretrainedLM(params, model_config, tokenizer)
+
+    def evaluate() -> None:
+        _evaluate(config, lm, todo, log)
+        report()
+
+    return evaluate
 
 
 # --- before weights load ---------------------------------------------------------------------------------------------
@@ -158,6 +186,10 @@ def _check(config: Config) -> tuple[list[str], list[int]]:
         raise ValueError("--policies names a policy twice")
     if config.data is not None and (config.dump_samples is not None or config.template != "base"):
         raise ValueError("--data brings samples as they are: it goes neither with --dump-samples nor with --template")
+    if config.data is not None and (config.essays or config.qa_squad or config.qa_hotpot):
+        raise ValueError(
+            "--data brings samples as they are: --essays, --qa-squad and --qa-hotpot have no use beside it"
+        )
     if config.data is not None and not config.data.is_dir():
         raise ValueError(f"--data {config.data}: there is no such folder")
     return tasks, lengths
@@ -178,10 +210,20 @@ def _prompting(tokenizer: Any, template: str) -> Prompting:
 
     def chat(body: str) -> str:
         turns = [{"role": "user", "content": body}]
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # Llama 3's templates print today's date unless given one; this is the one that they have built in
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+        )
 
-    if template == "chat" and not tokenizer.chat_template:
-        raise ValueError("--template chat: the model's tokenizer has no chat template; use --template base")
+    if template == "chat":
+        if not tokenizer.chat_template:
+            raise ValueError("--template chat: the model's tokenizer has no chat template; use --template base")
+        import jinja2
+
+        try:
+            chat("x")
+        except jinja2.TemplateError as error:
+            raise ValueError(f"--template chat: the model's chat template fails ({error})") from None
     # long texts on purpose: the tokenizer's warning about its model_max_length says nothing here
     tokenizer.model_max_length = sys.maxsize
     return Prompting(chat if template == "chat" else lambda body: body, count)
@@ -198,27 +240,34 @@ def _cells(
     pairs = [(task, length) for length in lengths for task in tasks]
     if config.data is not None:
         longest = None if config.allow_beyond_context else model_config.max_position_embeddings
-        cells = [_read(config, task, length, prompting, longest) for task, length in track(pairs, "reading samples")]
-        return cells, {"samples": str(config.data)}, []
+        cells = [
+            _read(config, task, length, prompting, longest)
+            for task, length in track(pairs, "reading samples", transient=True)
+        ]
+        digest = hashlib.sha256()
+        for cell in cells:
+            for index in range(cell.count):
+                digest.update(repr(cell.sample(index)).encode())
+        return cells, {"samples": f"{config.data}, SHA-256 {digest.hexdigest()[:12]}"}, []
     material, sources, notes, missing = _material(config, tasks)
     cells = []
-    for name, length in track([pair for pair in pairs if pair[0] not in missing], "sizing samples"):
-        task = TASKS[name](name, material, prompting, length, config.seed)
-        cells.append(Cell(name, length, task.new_tokens, task.metric, config.samples, task.sample))
-        # what could fail does so now, before weights load: the search for a size and, where space is tight, any sample
-        for index in range(config.samples) if length < 4096 else {0, config.samples - 1}:
-            task.sample(index)
+    for name, length in pairs:
+        if name not in missing:
+            task = TASKS[name](name, material, prompting, length, config.seed)
+            longest = length - task.new_tokens
+            cells.append(Cell(name, length, task.new_tokens, task.metric, config.samples, task.sample, longest))
     return cells, sources, notes
 
 
-def _read(config: Config, task: str, length: int, prompting: Prompting, longest: int | None) -> Cell:
+def _read(config: Config, task: str, length: int, prompting: Prompting, limit: int | None) -> Cell:
     from eval import samples
     from eval.tasks.registry import TASKS
 
     assert config.data is not None
     kind = TASKS[task]
-    found = samples.read(config.data, length, task, config.samples, prompting.count, kind.new_tokens, longest)
-    return Cell(task, length, kind.new_tokens, kind.metric, len(found), found.__getitem__)
+    found = samples.read(config.data, length, task, config.samples, prompting.count, kind.new_tokens, limit)
+    longest = max(length, *(sample.length for sample in found)) - kind.new_tokens
+    return Cell(task, length, kind.new_tokens, kind.metric, len(found), found.__getitem__, longest)
 
 
 def _material(config: Config, tasks: list[str]) -> tuple[Material, dict[str, str], list[str], set[str]]:
@@ -242,17 +291,17 @@ def _material(config: Config, tasks: list[str]) -> tuple[Material, dict[str, str
                 missing.add(task)
                 notes.append(f"{task} is skipped: the hub is out of reach; get the official file and pass {flag}")
             else:
-                sources[task] = Path(path).name if path else "hub"
+                sources[task] = f"{Path(path).name}, SHA-256 {texts.fingerprint(Path(path))}" if path else "hub"
     return Material(texts.words(), essays, sets.get("qa_1"), sets.get("qa_2")), sources, notes, missing
 
 
-def _dump(folder: Path, cells: list[Cell], prompting: Prompting) -> int:
+def _dump(folder: Path, cells: list[Cell], prompting: Prompting) -> None:
     from eval import samples
 
     overhead = prompting.count(prompting.wrap("x")) - prompting.count("x")
     for cell in cells:
-        print(samples.write(folder, cell.length, cell.task, map(cell.sample, range(cell.count)), overhead))
-    return 0
+        found = map(cell.sample, range(cell.count))
+        print(samples.write(folder, cell.length, cell.task, found, overhead, prompting.count))
 
 
 def _open_log(config: Config, cells: list[Cell], sources: dict[str, str]) -> RunLog:
@@ -266,8 +315,7 @@ def _open_log(config: Config, cells: list[Cell], sources: dict[str, str]) -> Run
         "policies": sorted(config.policies),
         "template": config.template,
         "seed": config.seed,
-        "dtype": config.dtype,
-        "sources": sources,
+        **sources,
     }
     return RunLog(config.out, configuration, ("policy", "task", "length", "index"))
 
@@ -327,10 +375,10 @@ def _decode_batch(
 
     prompts = [_ids(lm.tokenizer, sample.prompt) for sample in samples]
     # one shape for all tasks of a length with answers of one size, so that they share their compilations
-    width = max(cell.length - cell.new_tokens, *map(len, prompts))
-    tokens = np.zeros((config.batch_size, width), np.int32)
-    lengths = np.zeros(config.batch_size, np.int32)
-    for row in range(config.batch_size):
+    width = cell.longest + len(lm.tokenizer("")["input_ids"])
+    batch = min(config.batch_size, cell.count)
+    tokens, lengths = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
+    for row in range(batch):
         ids = prompts[min(row, len(prompts) - 1)]  # the last batch is filled up with its last row: one shape again
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     chosen = [rj.parse_policy(policy, cell.length) for policy in policies]
@@ -379,21 +427,27 @@ def _ids(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
 
 
-def _report(config: Config, folder: Path, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
+def _report(config: Config, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
+    from importlib import metadata
+
     import jax
 
     from eval import report
 
-    summary = report.summarise(log.rows)
+    summary = report.summarise(log.rows, config.policies)
     report.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "transformers"))
     facts = {
-        "model": f"{config.model} ({folder.name})",
-        "template": config.template,
+        "model": config.model,
         **sources,
-        "dtype": config.dtype,
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}",
-        "command": f"`python -m eval.ruler {shlex.join(_given(config))}`".replace(" `", "`"),
+        "template": config.template if config.data is None else "as the samples bring it",
+        "device": f"{device.platform}, {device.device_kind}",
+        "versions": versions,
+        "batch size": str(config.batch_size),
+        "seed": str(config.seed),
+        "command": "`" + shlex.join(["python", "-m", "eval.ruler", *_given(config)]) + "`",
     }
     budgets = [line for policy in config.policies for line in _budget_lines(policy, lengths)]
     path = report.write(config.out, summary, facts, budgets, notes)
@@ -413,12 +467,13 @@ def _given(config: Config) -> list[str]:
 
 
 def _budget_lines(policy: str, lengths: list[int]) -> Iterator[str]:
-    """A policy's budget in both forms, tokens and fraction, at each length."""
+    """A policy's budget in both forms, tokens and fraction of the nominal length, at each length."""
     from recyc_jax.policies.registry import parse_policy
 
     for length in lengths:
-        budget = getattr(parse_policy(policy, length), "budget", length)
-        yield f"`{policy}` at {length}: reads at most {budget} entries a partial step, {budget / length:.4g} of the length"
+        budget = getattr(parse_policy(policy, length), "budget", None)
+        if budget is not None:
+            yield f"`{policy}` at {length}: {budget} entries a partial step, {budget / length:.4g} of the length"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +16,8 @@ Row = dict[str, Any]
 class RunLog:
     """Rows in `results.jsonl`, and the configuration that made them in `config.json`.
 
-    Raises ValueError where the folder can't be written, holds another configuration, or holds a row that is no JSON; a
-    last line cut short by a kill is dropped and made again.
+    Raises ValueError where the folder can't be written, is being written by another process, holds rows of another
+    configuration, or holds a row that is none; a last line cut short by a kill is dropped and made again.
     """
 
     def __init__(self, folder: Path, configuration: Mapping[str, Any], key: Sequence[str]) -> None:
@@ -25,8 +26,6 @@ class RunLog:
         try:
             self._claim(folder, dict(configuration))
             self.rows = self._read()
-            with self.path.open("a"):
-                pass
         except OSError as error:
             raise ValueError(f"--out {folder}: {error.strerror}") from None
         self._seen = {self._id(row) for row in self.rows}
@@ -49,16 +48,24 @@ class RunLog:
 
     def _claim(self, folder: Path, configuration: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDWR | os.O_CREAT)  # never closed: locked until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"--out {folder}: another run is writing there") from None
         file = folder / "config.json"
-        if not file.exists():
-            if self.path.exists():
-                raise ValueError(f"--out {folder}: results.jsonl is there without its config.json")
+        if self.path.stat().st_size == 0:  # nothing is lost, whatever was planned here before
             write_text(file, json.dumps(configuration, indent=2) + "\n")
             return
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise ValueError(f"{file} is not JSON; delete the folder or choose another --out") from None
+        except FileNotFoundError:
+            raise ValueError(f"--out {folder}: results.jsonl is there without its config.json") from None
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise ValueError(f"{file} holds no configuration; delete the folder or choose another --out")
         for name in configuration | before:
             was, now = before.get(name), configuration.get(name)
             if was != now:
@@ -68,19 +75,21 @@ class RunLog:
                 )
 
     def _read(self) -> list[Row]:
-        if not self.path.exists():
-            return []
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         rows = []
-        for number, line in enumerate(whole.decode("utf-8").splitlines(), 1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # not splitlines: JSON may hold U+2028 as it is
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                raise ValueError(f"{self.path}:{number} is not JSON; delete the line or choose another --out") from None
+                row = json.loads(line)
+                self._id(row)
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(
+                    f"{self.path}:{number} is no result; delete the line or choose another --out"
+                ) from None
+            rows.append(row)
         return rows
 
 

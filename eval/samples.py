@@ -15,11 +15,14 @@ def _file(folder: Path, length: int, task: str) -> Path:
     return folder / str(length) / "data" / task / "validation.jsonl"
 
 
-def write(folder: Path, length: int, task: str, samples: Iterable[Sample], overhead: int) -> Path:
+def write(
+    folder: Path, length: int, task: str, samples: Iterable[Sample], overhead: int, count: Callable[[str], int]
+) -> Path:
     """Write one task's samples; `overhead` is the number of tokens that the model's template adds."""
     file = _file(folder, length, task)
-    rows = [
-        {
+    rows = []
+    for sample in samples:
+        row = {
             "index": sample.index,
             "input": sample.input,
             "outputs": list(sample.outputs),
@@ -27,8 +30,9 @@ def write(folder: Path, length: int, task: str, samples: Iterable[Sample], overh
             "length_w_model_temp": sample.length,
             "answer_prefix": sample.answer_prefix,
         }
-        for sample in samples
-    ]
+        if task.startswith("niah"):
+            row["token_position_answer"] = count(sample.input[: sample.input.index(sample.outputs[0])])
+        rows.append(row)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -49,19 +53,21 @@ def read(
     file = _file(folder, length, task)
     samples = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold U+2028 as it is
     except OSError as error:
         raise ValueError(f"--data: {file}: {error.strerror}") from None
-    for number, line in enumerate(lines[:limit]):
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--data: {file}: not UTF-8 ({error})") from None
+    for number, line in enumerate([line for line in lines if line.strip()][:limit]):
         where = f"--data: {file}:{number + 1}"
         try:
             row = json.loads(line)
             text, outputs, prefix = row["input"], row["outputs"], row.get("answer_prefix", "")
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: not a sample ({type(error).__name__}: {error})") from None
-        strings = isinstance(outputs, list) and outputs and all(isinstance(output, str) for output in outputs)
+        strings = isinstance(outputs, list) and outputs and all(isinstance(out, str) and out for out in outputs)
         if not (isinstance(text, str) and text and isinstance(prefix, str) and strings):
-            raise ValueError(f"{where}: input and answer_prefix must be strings, outputs a list of strings")
+            raise ValueError(f"{where}: input and answer_prefix must be strings, outputs a list of non-empty strings")
         sample = Sample(number, text, prefix, tuple(outputs), 0)
         sample = dataclasses.replace(sample, length=count(sample.prompt) + new_tokens)
         if longest is not None and sample.length > longest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -40,8 +41,8 @@ def essays(path: str | None) -> tuple[Essays, str]:
     Austen from a Debian package. Raises ValueError where none is to be had.
     """
     if path is not None:
-        text, source = _read_essays(Path(path)), f"essays from {Path(path).name}"
-    elif fetch.hub_answers(HUB_ESSAYS, "dataset"):
+        text, source = _read_essays(Path(path)), f"{Path(path).name}, SHA-256 {fingerprint(Path(path))}"
+    elif _hub_has(HUB_ESSAYS):
         text, source = "\n".join(row["text"] for row in _hub_rows(HUB_ESSAYS, None, "train")), f"hub: {HUB_ESSAYS}"
     else:
         try:
@@ -59,10 +60,18 @@ def essays(path: str | None) -> tuple[Essays, str]:
     return Essays(tokens, _sentence_splitter()), source
 
 
+def fingerprint(path: Path) -> str:
+    """The first digits of a file's SHA-256: tells one version of a text from another in reports and when resuming."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def _read_essays(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text)["text"] if path.suffix == ".json" else text
+        text = json.loads(text)["text"] if path.suffix == ".json" else text
+        if not isinstance(text, str):
+            raise TypeError
+        return text
     except OSError as error:
         raise ValueError(f"--essays {path}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
@@ -126,7 +135,7 @@ def squad(path: str | None) -> QuestionSet | None:
     """SQuAD 2.0's development set from its official file or the hub; None where neither is to be had."""
     if path is not None:
         return _parse("--qa-squad", path, read_squad)
-    if not fetch.hub_answers("rajpurkar/squad_v2", "dataset"):
+    if not _hub_has("rajpurkar/squad_v2"):
         return None
     return read_squad(squad_file(_hub_rows("rajpurkar/squad_v2", None, "validation")))
 
@@ -135,7 +144,7 @@ def hotpot(path: str | None) -> QuestionSet | None:
     """HotpotQA's distractor development set from its official file or the hub; None where neither is to be had."""
     if path is not None:
         return _parse("--qa-hotpot", path, read_hotpot)
-    if not fetch.hub_answers("hotpotqa/hotpot_qa", "dataset"):
+    if not _hub_has("hotpotqa/hotpot_qa"):
         return None
     return read_hotpot(hotpot_file(_hub_rows("hotpotqa/hotpot_qa", "distractor", "validation")))
 
@@ -150,6 +159,13 @@ def _parse(flag: str, path: str, read: Any) -> QuestionSet:
     if not questions.questions:
         raise ValueError(f"{flag} {path}: there is no question in it")
     return questions
+
+
+def _hub_has(dataset: str) -> bool:
+    try:
+        return fetch.hub_answers(dataset, "dataset")
+    except fetch.UnavailableError:
+        return False
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Any:

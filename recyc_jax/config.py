@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises ValueError naming it where it is no whole number (512 / 8 is not) or below `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}={value!r} must be a whole number") from None
+    if number < least:
+        raise ValueError(f"{name}={number} must be at least {least}")
+    return number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +52,8 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
-                raise ValueError(f"{field.name}={value} must be at least 1")
+            if field.type == "int":
+                whole_number(field.name, getattr(self, field.name), 1)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -76,20 +87,19 @@ class LlamaConfig:
         if kind not in ("llama", "qwen2"):
             raise ValueError(f"model_type={kind!r} is not supported; llama and qwen2 are")
         _reject_unsupported(hf, kind)
-        try:
-            heads, hidden = int(hf["num_attention_heads"]), int(hf["hidden_size"])
-            fields: dict[str, Any] = dict(
-                vocab_size=int(hf["vocab_size"]),
-                hidden_size=hidden,
-                intermediate_size=int(hf["intermediate_size"]),
-                num_hidden_layers=int(hf["num_hidden_layers"]),
-                num_attention_heads=heads,
-                num_key_value_heads=int(_given(hf, "num_key_value_heads", heads)),
-                head_dim=int(_given(hf, "head_dim", hidden // heads)),
-                max_position_embeddings=int(_given(hf, "max_position_embeddings", 2048)),
-            )
-        except KeyError as error:
-            raise ValueError(f"the config lacks the field {error.args[0]!r}") from None
+        heads, hidden = _whole(hf, "num_attention_heads"), _whole(hf, "hidden_size")
+        if hf.get("head_dim") is None and hidden % heads:
+            raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and no head_dim")
+        fields: dict[str, Any] = dict(
+            vocab_size=_whole(hf, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_whole(hf, "intermediate_size"),
+            num_hidden_layers=_whole(hf, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=_whole(hf, "num_key_value_heads", heads),
+            head_dim=_whole(hf, "head_dim", hidden // heads),
+            max_position_embeddings=_whole(hf, "max_position_embeddings", 2048),
+        )
         theta, scaling = _rope(hf, fields["max_position_embeddings"])
         eos = hf.get("eos_token_id")
         return cls(
@@ -102,6 +112,13 @@ class LlamaConfig:
             qkv_bias=kind == "qwen2",
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
         )
+
+
+def _whole(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = _given(hf, name, default)
+    if value is None:
+        raise ValueError(f"the config lacks the field {name!r}")
+    return whole_number(name, value, 1)
 
 
 def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -117,6 +134,7 @@ def _reject_unsupported(hf: Mapping[str, Any], kind: str) -> None:
         "use_sliding_window": False,
         "partial_rotary_factor": 1.0,
         "quantization_config": None,
+        "dual_chunk_attention_config": None,  # Qwen2.5-1M
     }
     for name, supported in wanted.items():
         value = hf.get(name)
@@ -133,7 +151,7 @@ def _rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling
     rope = dict(hf.get(name) or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(f"{name} differs by layer type, which is not supported")
-    theta = float(rope.get("rope_theta", _given(hf, "rope_theta", 10000.0)))
+    theta = float(_given(rope, "rope_theta", _given(hf, "rope_theta", 10000.0)))
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{name}.partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
     kind = rope.get("rope_type", rope.get("type", "default"))

@@ -17,13 +17,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
 from recyc_jax import cache, model
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, LayerCache, Leaf
-from recyc_jax.config import LlamaConfig
+from recyc_jax.config import LlamaConfig, whole_number
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy, View
 from recyc_jax.policies.full import FullAttention
@@ -89,9 +90,11 @@ def prefill(
     cache has room for `max_new_tokens`. Attention is causal and full over chunks of the prompt, so memory beyond the
     cache does not grow with T. Raises ValueError for empty prompts and ids outside the vocabulary.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     api.resolve(implementation)
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    if len(dtypes) > 1:
+        raise ValueError(f"params mix {' and '.join(sorted(dtypes))}: cast them to one dtype")
     tokens, lengths = prompt_arrays.as_arrays(prompts, prompt_lengths, config)
     observes = any(policy.observes_scores for policy in policies)
     return _prefill(params, tokens, lengths, config, max_new_tokens, observes, implementation)
@@ -164,7 +167,6 @@ def decode_step(
     """One step: feed the pending token, attend as the policy says, choose the next token."""
     kv_cache, step = state.cache, state.step + 1
     slot = kv_cache.length
-    fulls = []
 
     def attend(layer: int, q: Array, k: Array, v: Array, layer_state: Any) -> tuple[Array, Any]:
         kv, recycled = layer_state
@@ -174,13 +176,12 @@ def decode_step(
             out, recycled, full = policy.decide(attention, q[:, 0], view, recycled, step)
         else:
             out, recycled, full = policy.attend(attention, q[:, 0], view, recycled)
-        fulls.append(full)
-        return out[:, None], (kv, recycled)
+        return out[:, None], (kv, recycled, full)
 
     positions = (slot - kv_cache.starts)[:, None]
     layer_states = tuple(zip(kv_cache.layers, state.recycled, strict=True))
     hidden, after = model.hidden_states(params, config, state.token[:, None], positions, attend, layer_states)
-    layers, recycled = zip(*after, strict=True)
+    layers, recycled, fulls = zip(*after, strict=True)
     fed = dataclasses.replace(
         state,
         cache=KVCache(layers, kv_cache.starts, slot + 1),
@@ -266,7 +267,7 @@ def decode(
     policy: Policy,
     max_new_tokens: int | None = None,
     sampling: Greedy | Sample = Greedy(),
-    eos_ids: Sequence[int] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
     pad_id: int = 0,
     key: Any = None,
     implementation: str | None = None,
@@ -277,15 +278,15 @@ def decode(
     ValueError where it exceeds that, where the policy needs scores that prefill was not asked to keep, and where
     sampling lacks a key.
     """
+    if isinstance(state.logits, jax.Array) and not isinstance(state.logits, Tracer) and state.logits.is_deleted():
+        raise ValueError("this state was donated to an earlier decode: go on with the one that it returned")
     _check_policy(policy, state)
     room = _room(state)
-    steps = room if max_new_tokens is None else max_new_tokens
-    if not 1 <= steps <= room:
+    steps = room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
+    if steps > room:
         raise ValueError(f"max_new_tokens={steps} must lie in 1..{room}: prefill made room for {room}")
-    batch = state.logits.shape[0]
-    keys = None if isinstance(sampling, Greedy) else _row_keys(key, batch)
-    eos = config.eos_token_ids if eos_ids is None else tuple(int(token) for token in eos_ids)
-    return _decode(params, state, keys, config, policy, steps, sampling, eos, int(pad_id), implementation)
+    keys, eos, pad = _how_to_choose(config, sampling, eos_ids, pad_id, key, state.logits.shape[0])
+    return _decode(params, state, keys, config, policy, steps, sampling, eos, pad, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7, 8, 9), donate_argnums=(1,))
@@ -321,7 +322,7 @@ def generate(
     policy: Policy = FullAttention(),
     max_new_tokens: int = 64,
     sampling: Greedy | Sample = Greedy(),
-    eos_ids: Sequence[int] | None = None,
+    eos_ids: Sequence[int] | int | None = None,
     pad_id: int = 0,
     key: Any = None,
     prompt_lengths: Any = None,
@@ -334,8 +335,7 @@ def generate(
     row's tokens do not depend on its neighbours. `eos_ids=None` takes the config's, `()` none; `key` is one PRNG key or
     one a row.
     """
-    if not isinstance(sampling, Greedy) and key is None:
-        raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
+    _how_to_choose(config, sampling, eos_ids, pad_id, key, len(prompts))  # before the prompts are read
     state = prefill(
         params,
         config,
@@ -426,10 +426,22 @@ def _check_policy(policy: Policy, state: Prefilled) -> None:
         raise ValueError(f"{policy} needs the prompt's scores: name it in prefill(policies=...)")
 
 
+def _how_to_choose(
+    config: LlamaConfig, sampling: Greedy | Sample, eos_ids: Any, pad_id: Any, key: Any, batch: int
+) -> tuple[Key[Array, " B"] | None, tuple[int, ...], int]:
+    """The rows' keys, the end-of-sequence ids and the pad id. Raises ValueError naming the argument at fault."""
+    keys = None if isinstance(sampling, Greedy) else _row_keys(key, batch)
+    if eos_ids is None:
+        eos_ids = config.eos_token_ids
+    elif not isinstance(eos_ids, Sequence):
+        eos_ids = (eos_ids,)
+    return keys, tuple(whole_number("eos_ids", token, 0) for token in eos_ids), whole_number("pad_id", pad_id, 0)
+
+
 def _row_keys(key: Any, batch: int) -> Key[Array, " B"]:
     """One PRNG key a row: those given, or folded from the one given."""
-    if key is None:
-        raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"sampling needs a key: pass key=jax.random.key(seed), not {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (batch,)):

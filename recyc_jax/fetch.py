@@ -106,38 +106,57 @@ def _run(command: list[str], what_failed: str, cwd: Path | None = None) -> None:
         raise UnavailableError(f"{what_failed}: {lines[-1].strip() if lines else f'exit status {done.returncode}'}")
 
 
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises where it gets no proper answer: OSError (its offline mode is one), and the base of its
+    own errors, which is that of whichever HTTP library it uses."""
+    from huggingface_hub import errors
+
+    return (OSError, *(base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
+_out_of_reach = threading.Event()  # found so once in this process: asking again would cost the wait again
+
+
 def hub_answers(repo: str, repo_type: str = "model") -> bool:
     """Whether the Hugging Face hub knows `repo` and answers within 5 seconds; False where it is out of reach.
 
     Raises UnavailableError where it answers that there is no such repository, or that it needs a login.
     """
-    import huggingface_hub
     from huggingface_hub import errors
 
-    # the client's own timeout restarts with every retry and phase, so the wait is bounded from outside
+    if _out_of_reach.is_set():
+        return False
+    error = _ask_hub(repo, repo_type)
+    if error is None:
+        return True
+    if isinstance(error, errors.RepositoryNotFoundError):  # gated ones too
+        raise UnavailableError(f"hub: there is no {repo_type} {repo}, or it needs a login (hf auth login)")
+    if isinstance(error, errors.HFValidationError):
+        raise UnavailableError(f"hub: {error}")
+    if isinstance(error, transport_errors()):
+        _out_of_reach.set()
+        return False
+    raise error
+
+
+def _ask_hub(repo: str, repo_type: str) -> BaseException | None:
+    """What asking for the repository raises, a TimeoutError after 5 seconds.
+
+    The client's own timeout restarts with every retry and phase, so the wait is bounded from outside.
+    """
+    import huggingface_hub
+
     outcome: queue.Queue[BaseException | None] = queue.Queue()
 
     def ask() -> None:
         try:
             huggingface_hub.HfApi().repo_info(repo, repo_type=repo_type, timeout=HUB_TIMEOUT_S)
             outcome.put(None)
-        except Exception as error:  # handed to the caller below
+        except Exception as error:  # handed to the caller
             outcome.put(error)
 
     threading.Thread(target=ask, daemon=True).start()
     try:
-        error = outcome.get(timeout=HUB_TIMEOUT_S)
+        return outcome.get(timeout=HUB_TIMEOUT_S)
     except queue.Empty:
-        return False
-    if error is None:
-        return True
-    if isinstance(error, errors.GatedRepoError):
-        raise UnavailableError(f"hub: {repo} needs an accepted licence and a login (hf auth login)")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        raise UnavailableError(f"hub: there is no {repo_type} {repo}, or it needs a login (hf auth login)")
-    if isinstance(error, errors.HFValidationError):
-        raise UnavailableError(f"hub: {error}")
-    # OSError covers offline mode; the HTTP client's errors are the base of the hub's own, whichever client it uses
-    if isinstance(error, (OSError, *errors.HfHubHTTPError.__bases__)):
-        return False
-    raise error
+        return TimeoutError()

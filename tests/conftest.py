@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -35,6 +36,14 @@ def params(config):
 
 
 @pytest.fixture
+def unchecked():
+    """Without the run-time type checks, which would come before our own: users don't have them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
 def run_module():
     """Run `python -m MODULE ARGS` as a user would, from the checkout or elsewhere."""
 
@@ -42,7 +51,7 @@ def run_module():
         return subprocess.run(
             [sys.executable, "-m", *map(str, args)],
             cwd=cwd,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | (env or {}),
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | (env or {}),
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -15,7 +15,6 @@ class Trace:
     tokens: list  # the new tokens
     logits: list  # the logits that each was chosen from, [V]
     least_gap: list  # for each: the least margin of a choice so far (of tokens and of selected positions)
-    sets: list  # for each decode step: layer -> kv head -> positions read
     full_steps: int
 
 
@@ -129,10 +128,10 @@ def recycled(params, config, prompt, *, budget, stride, pool, new_tokens, lookah
                 mine.pop()  # the lowest-ranked
             else:
                 new.pop(0)  # the oldest new one
-        return mine + new
+        return list(mine + new)
 
     refresh()
-    trace = Trace([], [], [], [], 0)
+    trace = Trace([], [], [], 0)
     for step in range(1, new_tokens + 1):
         best = np.sort(logits)[::-1]
         least = min(least, best[0] - best[1])
@@ -143,16 +142,8 @@ def recycled(params, config, prompt, *, budget, stride, pool, new_tokens, lookah
             break
         if step % stride == 0:
             logits = decoder.feed(trace.tokens[-1], lambda layer, head: None)
-            trace.sets.append(None)
             trace.full_steps += 1
             refresh()
         else:
-            read = {}
-
-            def note(layer, head, read=read):
-                read[layer, head] = list(partial(layer, head))
-                return read[layer, head]
-
-            logits = decoder.feed(trace.tokens[-1], note)
-            trace.sets.append(read)
+            logits = decoder.feed(trace.tokens[-1], partial)
     return trace

@@ -55,6 +55,10 @@ def test_old_and_new_rope_fields_agree():
         ("num_key_value_heads", 3),
         ("head_dim", 15),
         ("vocab_size", 0),
+        ("vocab_size", "many"),
+        ("num_attention_heads", 0),
+        ("hidden_size", 66),
+        ("dual_chunk_attention_config", {"chunk_size": 262144}),
     ],
 )
 def test_what_is_not_supported_is_named(field, value):
@@ -64,5 +68,7 @@ def test_what_is_not_supported_is_named(field, value):
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers"])
 def test_a_missing_field_is_named(field):
+    with pytest.raises(ValueError, match=f"lacks the field '{field}'"):
+        rj.LlamaConfig.from_hf(HF | {field: None})
     with pytest.raises(ValueError, match=f"lacks the field '{field}'"):
         rj.LlamaConfig.from_hf({name: value for name, value in HF.items() if name != field})

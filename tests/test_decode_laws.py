@@ -115,20 +115,6 @@ def test_score_under_full_attention_is_forward(params, config):
         np.testing.assert_allclose(stride_one, got, atol=2e-5)
 
 
-def test_score_follows_the_policy_that_generated(params, config):
-    """Greedy tokens are the likeliest at every step of `score` under the same policy, not under another."""
-    prompt = list(range(30, 62))
-    out = rj.generate(params, config, [prompt], policy=RECYCLED, max_new_tokens=20, eos_ids=())
-    tokens = jnp.asarray([prompt + out.tokens[0].tolist()], jnp.int32)
-    mine = rj.score(params, config, tokens, policy=RECYCLED, context_length=32)
-    other = rj.score(params, config, tokens, policy=rj.FullAttention(), context_length=32)
-    # the same tokens, re-generated one at a time from longer and longer prompts, must have these log-probabilities
-    state = rj.prefill(params, config, [prompt], policies=(RECYCLED,), max_new_tokens=20)
-    first = jax.nn.log_softmax(state.logits)[0, tokens[0, 32]]
-    np.testing.assert_allclose(mine[0, 0], first, atol=1e-5)
-    assert float(jnp.abs(mine - other)[0, 1:].max()) > 1e-2
-
-
 def test_decode_rewinds(params, config):
     state = rj.prefill(params, config, RAGGED, policies=(RECYCLED, rj.FullAttention()), max_new_tokens=20)
     first, state = rj.decode(params, config, state, policy=RECYCLED)
@@ -165,6 +151,7 @@ def test_the_configs_eos_is_the_default(params, config, generate):
     out = rj.generate(params, with_eos, RAGGED, max_new_tokens=20)
     assert int(out.lengths[0]) <= 5
     same(out, generate(RAGGED, eos_ids=(eos,)))
+    same(out, generate(RAGGED, eos_ids=eos))
 
 
 def test_one_new_token_needs_no_step(generate, params, config):
@@ -210,12 +197,39 @@ def test_bfloat16_runs_and_stays_near(params, config):
         (dict(prompts=[[1]], max_new_tokens=0), "max_new_tokens=0"),
         (dict(prompts=[[1]], implementation="magic"), "implementation='magic' is unknown"),
         (dict(prompts=[[1]], sampling=rj.Sample()), "sampling needs a key"),
+        (dict(prompts=[[1]], sampling=rj.Sample(), key=7), "pass key=jax.random.key"),
         (dict(prompts=[[1]], sampling=rj.Sample(), key=jax.random.split(jax.random.key(0), 3)), "one a row"),
+        (dict(prompts=[[2**32 + 5]]), "token id 4294967301, outside the vocabulary"),
+        (dict(prompts=np.zeros((2, 3), np.int32), prompt_lengths=[1.5, 2.0]), "prompt_lengths must be integers"),
+        (dict(prompts=[[1]], max_new_tokens=2.0), "max_new_tokens=2.0 must be a whole number"),
+        (dict(prompts=[[1]], pad_id=None), "pad_id=None must be a whole number"),
+        (dict(prompts=[[1]], eos_ids=["x"]), "eos_ids='x' must be a whole number"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_calls_name_the_culprit(params, config, call, message):
     with pytest.raises(ValueError, match=message):
         rj.generate(params, config, **call)
+
+
+def test_bad_lengths_are_found_inside_jit_too(params, config):
+    with pytest.raises(ValueError, match=r"prompt_lengths\[0\]=0 is outside 1\.\.4"):
+        jax.jit(lambda tokens: rj.generate(params, config, tokens, prompt_lengths=np.array([0, 4])).tokens)(
+            jnp.zeros((2, 4), jnp.int32)
+        )
+
+
+def test_params_of_two_dtypes_are_refused(params, config):
+    mixed = {**params, "embedding": params["embedding"].astype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match="params mix bfloat16 and float32"):
+        rj.generate(mixed, config, [[1]])
+
+
+def test_a_donated_state_says_so(params, config):
+    state = rj.prefill(params, config, RAGGED, max_new_tokens=20)
+    rj.decode(params, config, state, policy=rj.FullAttention())
+    with pytest.raises(ValueError, match="donated to an earlier decode"):
+        rj.decode(params, config, state, policy=rj.FullAttention())
 
 
 def test_a_policy_that_prefill_was_not_told_of_is_refused(params, config):

@@ -36,11 +36,20 @@ def test_a_silent_hub_is_given_up_after_five_seconds(tmp_path):
     assert 4.5 < float(seconds) < 6
 
 
-def test_an_absent_hub_is_no_error(monkeypatch):
+@pytest.fixture(autouse=True)
+def _forget():
+    fetch._out_of_reach.clear()
+    yield
+    fetch._out_of_reach.clear()
+
+
+def test_an_absent_hub_is_no_error_and_asked_once(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     began = time.monotonic()
     assert fetch.hub_answers("owner/name") is False
     assert time.monotonic() - began < 5
+    monkeypatch.setattr(fetch, "_ask_hub", lambda *args: pytest.fail("asked again"))
+    assert fetch.hub_answers("owner/other") is False
 
 
 def test_a_malformed_hub_id_is_named():

@@ -133,6 +133,33 @@ def test_what_is_not_supported_is_named(tmp_path):
         rj.load_pretrained(str(tmp_path / "yarn.gguf"))
 
 
+def test_a_type_that_cannot_be_dequantised_is_named(tmp_path, monkeypatch):
+    params, config = model()
+    write(tmp_path / "m.gguf", params, config)
+
+    def refuse(data, kind):
+        raise NotImplementedError
+
+    monkeypatch.setattr(gguf.quants, "dequantize", refuse)
+    with pytest.raises(ValueError, match=r"m\.gguf: tensor token_embd\.weight has type F32, which is not supported"):
+        rj.load_pretrained(str(tmp_path / "m.gguf"))
+
+
+def test_large_files_are_converted_in_shards(tmp_path, monkeypatch):
+    params, config = model()
+    write(tmp_path / "m.gguf", params, config)
+    monkeypatch.setattr(gguf_convert, "_SHARD_BYTES", 30_000)
+    lm = rj.load_pretrained(str(tmp_path / "m.gguf"), dtype=jnp.float32)
+    assert len(list((tmp_path / "cache").glob("*/model-*.safetensors"))) > 2
+    chex.assert_trees_all_equal(lm.params, params)
+
+
+def test_ends_of_turns_and_messages_end_too():
+    fields = {f"tokenizer.ggml.{name}_token_id": number for name, number in (("eos", 9), ("eot", 7), ("eom", 9))}
+    assert gguf_convert._eos_ids(fields) == [9, 7]
+    assert gguf_convert._eos_ids({}) == []
+
+
 @pytest.mark.parametrize("kept", [0, 3, 1000, 0.5, 0.99])
 def test_a_truncated_file_is_named(tmp_path, kept):
     params, config = model()

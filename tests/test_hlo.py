@@ -26,7 +26,7 @@ def test_no_cache_shaped_copy(params, config, name):
     shape = ",".join(map(str, cache.shape))
     copies = [line for line in compiled.as_text().splitlines() if re.search(rf"\[{shape}\]\S* copy\(", line)]
     assert not copies
-    # the caches are donated and updated in place: beside what is gathered, less than one layer's is needed
+    # donated and updated in place: what is needed beside them is less than one layer's, and what is gathered of it
     gathered = min(getattr(POLICIES[name], "budget", 0) / cache.shape[2], 1)
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.nbytes * (1 + gathered)
 

@@ -1,6 +1,7 @@
 """A wheel of this project, installed elsewhere, runs without the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,9 @@ from conftest import ROOT
 
 
 def test_an_installed_wheel_runs_outside_the_checkout(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, ROOT]
+    source = tmp_path / "source"  # a copy: what an earlier build left in the checkout must not come along
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns("build", "*.egg-info", ".*", "results"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source]
     subprocess.run(command, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("recyc_jax-*.whl")
     names = zipfile.ZipFile(wheel).namelist()

@@ -1,5 +1,7 @@
 """Policy strings and policies' own checks."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import recyc_jax as rj
@@ -15,6 +17,11 @@ def test_strings_name_policies():
         100, rj.FixedStride(5), lookahead="auto"
     )
     assert rj.parse_policy("recycled:budget=0.001,stride=5", 100).budget == 1
+    assert [rj.parse_policy(f"recycled:budget={b},stride=5", 100).budget for b in ("0.29", "0.57", "0.58")] == [
+        29,
+        57,
+        58,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -53,3 +60,25 @@ def test_a_fraction_needs_a_length():
 
 def test_policies_are_hashable_and_frozen():
     assert len({rj.RecycledAttention(8, rj.FixedStride(2)), rj.RecycledAttention(8, rj.FixedStride(2))}) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rj.RecycledAttention(512 / 8, rj.FixedStride(10)), "budget=64.0 must be a whole number"),
+        (lambda: rj.RecycledAttention(8, rj.FixedStride(2.5)), "stride=2.5 must be a whole number"),
+        (lambda: rj.RecycledAttention(8, 10), "schedule=10 must be a schedule"),
+        (lambda: rj.RecycledAttention(8, rj.FixedStride(2), lookahead="x"), "lookahead='x' must be a whole number"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_whole_number_is_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_and_jax_are_numbers():
+    policy = rj.RecycledAttention(np.int64(8), rj.FixedStride(jnp.int32(2)))
+    assert policy == rj.RecycledAttention(8, rj.FixedStride(2))
+    assert type(policy.budget) is type(policy.schedule.stride) is int

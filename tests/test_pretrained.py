@@ -131,3 +131,36 @@ def test_what_is_being_built_appears_whole_or_not_at_all(tmp_path):
         work.mkdir()
         (work / "part").write_text("x")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["model"]
+
+
+def test_a_broken_tokenizer_is_named_before_weights_load(tmp_path):
+    checkpoints.write_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_text("never looked at")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be loaded \("):
+        rj.load_pretrained(str(tmp_path))
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"its tokenizer cannot be loaded \("):
+        rj.load_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("GatedRepoError", "asks for an accepted licence and a login"),
+        ("LocalEntryNotFoundError", "no earlier download is cached"),
+        ("HfHubHTTPError", "the download broke off"),
+    ],
+)
+def test_what_the_hub_refuses_is_named(monkeypatch, error, message):
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def refuse(*args, **options):
+        kind = getattr(errors, error)
+        raise kind.__new__(kind)  # without the HTTP response that its own constructor asks for
+
+    monkeypatch.setattr(fetch, "hub_answers", lambda *args: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(fetch.UnavailableError, match=f"model 'owner/name': .*{message}"):
+        rj.load_pretrained("owner/name")

@@ -57,6 +57,30 @@ def test_generate_equals_the_reference(models, shape, length, budget, stride, po
     check(params, config, prompt, budget, stride, pool)
 
 
+@pytest.mark.parametrize(("budget", "stride", "pool"), [(3, 4, 1), (5, 3, 3), (9, 30, 7), (40, 4, 3)])
+def test_score_equals_the_reference(models, budget, stride, pool):
+    """Every column, teacher-forced over two rows; and the wrong stride is far off."""
+    config, params = models["gqa"]
+    prompts = np.random.default_rng(8).integers(0, config.vocab_size, (2, 16))
+    options = dict(budget=budget, stride=stride, pool=pool, new_tokens=14)
+    traces = [oracle.recycled(params, config, prompt.tolist(), **options) for prompt in prompts]
+    tokens = np.concatenate([prompts, [trace.tokens for trace in traces]], axis=1)
+    expected = np.array(
+        [[row[token] - np.logaddexp.reduce(row) for row, token in zip(t.logits, t.tokens, strict=True)] for t in traces]
+    )
+
+    def score(stride):
+        policy = rj.RecycledAttention(budget, rj.FixedStride(stride), pool=pool)
+        return np.asarray(rj.score(params, config, tokens, policy=policy, context_length=16))
+
+    for row, trace in enumerate(traces):
+        sure = sum(gap > 1e-5 for gap in trace.least_gap)
+        assert sure >= 10
+        np.testing.assert_allclose(score(stride)[row, :sure], expected[row, :sure], atol=1e-4)
+    if budget < 30:
+        assert np.abs(score(stride + 1) - expected).max() > 0.1
+
+
 @pytest.mark.slow
 @given(
     shape=st.sampled_from(sorted(SHAPES)),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,8 +68,9 @@ def test_a_whole_run(finished):
     assert all(row["n"] == 3 for row in summary)
     report = (out / "report.md").read_text()
     assert "| task | `full` | `recycled:budget=0.125,stride=5` | `recycled:budget=4000,stride=50` |" in report
-    assert "reads at most 250 entries a partial step, 0.125 of the length" in report
-    assert "reads at most 4000 entries a partial step, 2 of the length" in report
+    assert "`recycled:budget=0.125,stride=5` at 2000: 250 entries a partial step, 0.125 of the length" in report
+    assert "- dtype: float32" in report
+    assert "3 tasks of 13, 3 samples each" in report
     assert all(f"| {name} | " in report for name in (*TASKS.split(","), "mean"))
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "RULER at 2100 tokens" in done.stdout
@@ -89,6 +91,8 @@ def test_dumped_samples_give_the_same_results(ruler, finished, tmp_path):
     file = tmp_path / "samples/2000/data/vt/validation.jsonl"
     first = json.loads(file.read_text().splitlines()[0])
     assert set(first) == {"index", "input", "outputs", "length", "length_w_model_temp", "answer_prefix"}
+    needle = json.loads((tmp_path / "samples/2000/data/niah_single_1/validation.jsonl").read_text().splitlines()[0])
+    assert 0 < needle["token_position_answer"] < needle["length"]
     assert first["length"] == first["length_w_model_temp"] <= 2000
     again = ruler(lengths="2000,2100", policies="full", data=tmp_path / "samples", essays=None)
     assert again.returncode == 0, again.stderr
@@ -99,7 +103,7 @@ def test_dumped_samples_give_the_same_results(ruler, finished, tmp_path):
     ]
 
 
-def test_a_killed_run_goes_on_where_it_stopped(ruler, finished, model, tmp_path):
+def test_a_killed_run_goes_on_where_it_stopped(finished, model, tmp_path):
     out = tmp_path / "out"
     flags = [
         "--tasks",
@@ -147,13 +151,59 @@ def test_a_killed_run_goes_on_where_it_stopped(ruler, finished, model, tmp_path)
     assert len(rows(out)) == 54
 
 
-def test_another_configuration_in_the_folder_is_refused_by_name(ruler, finished, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "name"), [(dict(seed=7), "seed was 42"), (dict(dtype="bfloat16"), "dtype was 'float32'")], ids=str
+)
+def test_another_configuration_in_the_folder_is_refused_by_name(ruler, finished, options, name):
     out, _ = finished
     before = (out / "results.jsonl").read_bytes()
-    done = ruler(out=out, lengths="2000,2100", seed=7)
+    policies = ["full", "recycled:budget=0.125,stride=5", "recycled:budget=4000,stride=50"]
+    done = ruler("--policies", *policies, out=out, lengths="2000,2100", **options)
     assert done.returncode == 2
-    assert "holds another configuration: policies was" in done.stderr
+    assert f"holds another configuration: {name}" in done.stderr
     assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_an_interrupt_says_how_to_go_on(model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "eval.ruler",
+        "--model",
+        model,
+        "--tasks",
+        "vt",
+        "--lengths",
+        2000,
+        "--samples",
+        500,
+    ]
+    command += ["--batch-size", 1, "--out", tmp_path / "out"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, cwd=ROOT
+    )
+    deadline = time.monotonic() + 240
+    while not ((tmp_path / "out/results.jsonl").exists() and (tmp_path / "out/results.jsonl").stat().st_size):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted; the same command goes on with what" in error
+    assert all(row["task"] == "vt" for row in rows(tmp_path / "out"))
+
+
+def test_bad_input_reads_no_weights(ruler, model, tmp_path):
+    """A model without weights: what is wrong with the input is said first, and the folder is not claimed for good."""
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    (broken / "model.safetensors").unlink()
+    assert "is below the minimum" in ruler(model=broken, lengths="100").stderr
+    assert "model.safetensors" in ruler(model=broken).stderr
+    done = ruler(tasks="vt", samples=1)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_chat_template(ruler, tmp_path):
@@ -200,16 +250,18 @@ def test_bad_input_ends_with_one_line(ruler, options, culprit):
         ("{", "validation.jsonl:1: not a sample"),
         ("[]", "validation.jsonl:1: not a sample"),
         ('{"input": "x", "outputs": []}', "validation.jsonl:1: input and answer_prefix must be strings"),
-        ('{"input": "x", "outputs": [3]}', "outputs a list of strings"),
+        ('{"input": "x", "outputs": [3]}', "outputs a list of non-empty strings"),
+        ('{"input": "x", "outputs": [""]}', "outputs a list of non-empty strings"),
+        ("\udcff", "not UTF-8"),
         ("", "there is no sample in it"),
         (json.dumps(dict(input="word " * 6000, outputs=["x"])), "exceed the model's context of 4096"),
     ],
-    ids=range(6),
+    ids=range(8),
 )
 def test_malformed_samples_are_named(ruler, tmp_path, text, culprit):
     file = tmp_path / "samples/2000/data/vt/validation.jsonl"
     file.parent.mkdir(parents=True)
-    file.write_text(text)
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
     done = ruler(tasks="vt", data=tmp_path / "samples", essays=None)
     assert done.returncode == 2
     assert culprit in done.stderr

@@ -69,6 +69,8 @@ def test_samples_fit_and_fill(build, name, length):
         assert sample.length <= length
     if not name.startswith("qa"):  # the test's corpus is small
         assert max(sample.length for sample in samples) > 0.75 * length
+        # a sample that is too long by a token loses a step: 500 words of an essay from 4096 on, few below
+        assert min(sample.length for sample in samples) > (0.7 if length >= 4096 else 0.75) * length
     assert len({sample.prompt for sample in samples}) == 6
 
 
@@ -126,7 +128,6 @@ def test_niah(build, name):
         assert len(keys) == kind.num_queries
         values = [[value for key, value in needles if key == wanted] for wanted in keys]
         assert sorted(sample.outputs) == sorted(value for row in values for value in row)
-        assert list(sample.outputs[:: kind.num_values]) or not many
         if kind.num_queries > 1:
             assert list(sample.outputs) == [row[0] for row in values]  # in the order asked
         for value in sample.outputs:
@@ -252,3 +253,80 @@ def test_chat_templates_wrap_the_body_and_the_prefix_comes_after(build):
         assert sample.prompt == sample.input + sample.answer_prefix
         assert sample.length <= 2048
         assert plain.new_tokens == wrapped.new_tokens
+
+
+def test_whole_prompts_to_the_letter(build):
+    """Typed from the description of the reference, not from the generators' constants."""
+    sample = build("niah_single_1").sample(0)
+    key = re.search(r"What is the special magic number for (.*) mentioned", sample.input)[1]
+    lines = sample.prompt.split("\n")
+    assert lines[0] == (
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+        "number afterwards."
+    )
+    assert set(lines[1:-1]) == {
+        "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
+        f"One of the special magic numbers for {key} is: {sample.outputs[0]}.",
+    }
+    assert lines[-1] == (
+        f"What is the special magic number for {key} mentioned in the provided text? The special magic number for {key} "
+        "mentioned in the provided text is"
+    )
+    sample = build("niah_multiquery").sample(0)
+    keys = re.search(r"What are all the special magic numbers for (.*) mentioned in the provided text\?", sample.input)[
+        1
+    ]
+    assert sample.prompt.startswith(
+        "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about "
+        "the numbers afterwards.\n"
+    )
+    assert sample.prompt.endswith(
+        f"\nWhat are all the special magic numbers for {keys} mentioned in the provided text? The special magic numbers "
+        f"for {keys} mentioned in the provided text are"
+    )
+    vt_lines = build("vt").sample(0).prompt.split("\n")
+    value = re.search(r"value (\d+) in", vt_lines[-1])[1]
+    assert vt_lines[0] == ("Memorize and track the chain(s) of variable assignment hidden in the following text.")
+    assert vt_lines[1] == ""
+    assert vt_lines[-1] == (
+        f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
+        f"chain(s) of variable assignment in the text above, 5 variables are assigned the value {value}, they are: "
+    )
+    other = [line for line in vt_lines[2:-1] if not line.startswith(("VAR ", "Question: ", "Memorize ")) and line]
+    assert set(other) == {"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."}
+    cwe_lines = build("cwe").sample(0).prompt.split("\n")
+    assert (
+        cwe_lines[0]
+        == cwe_lines[3]
+        == (
+            "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+            "appear most often."
+        )
+    )
+    assert cwe_lines[5] == (
+        "Question: What are the 10 most common words in the above list? Answer: The top 10 words that appear most often "
+        "in the list are:"
+    )
+    assert cwe_lines[2].startswith(f"{cwe_lines[5]} 1. ")
+    fwe_lines = build("fwe").sample(0).prompt.split("\n")
+    assert re.sub(r"(\.\.\.|[a-z]{6})( (\.\.\.|[a-z]{6}))+$", "#", fwe_lines[0]) == (
+        "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared "
+        "coded words. #"
+    )
+    assert fwe_lines[1] == (
+        "Question: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently "
+        "appeared words in the above coded text? Answer: According to the coded text above, the three most frequently "
+        "appeared words are:"
+    )
+    qa_prompt = build("qa_1").sample(0).prompt
+    ask = "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    assert qa_prompt.startswith(f"{ask}\n\nThe following are given documents.\n\nDocument 1:\nParagraph ")
+    assert qa_prompt.endswith(f".\n\n{ask}\n\nQuestion: What is 0-0? Answer:")
+
+
+def test_multivalues_are_shuffled_alike_in_every_sample(build):
+    orders = set()
+    for index in range(8):
+        sample = build("niah_multivalue").sample(index)
+        orders.add(tuple(sorted(range(4), key=lambda at: sample.input.index(sample.outputs[at]))))
+    assert len(orders) == 1

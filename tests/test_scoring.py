@@ -40,6 +40,6 @@ def test_summary():
         dict(policy=policy, task="vt", length=8, index=index, prediction=text, score=score, seconds=0.5)
         for policy, index, text, score in (("full", 0, "a", 1.0), ("full", 1, "", 0.5), ("other", 0, "b", 0.0))
     ]
-    first, second = report.summarise(rows)
+    second, first = report.summarise(rows[::-1], ["other", "full"])  # in the policies' order, whatever the rows'
     assert first == dict(policy="full", task="vt", length=8, score=75.0, n=2, stderr=25.0, nulls=1, seconds=1.0)
     assert second["stderr"] is None

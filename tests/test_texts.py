@@ -35,14 +35,19 @@ def test_essays_from_files(tmp_path):
     official.write_text(json.dumps({"text": "Five six."}))
     essays, source = texts.essays(str(plain))
     assert essays.words == ("One", "two.", "Three", "four.")
-    assert source == "essays from essays.txt"
+    assert source.startswith("essays.txt, SHA-256 ")
     assert essays.sentences("Mr. Knightley spoke. Emma did not.") == ["Mr. Knightley spoke.", "Emma did not."]
     assert texts.essays(str(official))[0].words == ("Five", "six.")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "No such file"), ("[]", "neither UTF-8 text nor JSON"), ('{"text": " "}', "no text")],
+    [
+        (None, "No such file"),
+        ("[]", "neither UTF-8 text nor JSON"),
+        ('{"text": " "}', "no text"),
+        ('{"text": 3}', "neither UTF-8 text nor JSON"),
+    ],
 )
 def test_bad_essays_are_named(tmp_path, content, message):
     file = tmp_path / "essays.json"

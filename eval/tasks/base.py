@@ -126,8 +126,8 @@ class Task(abc.ABC):
         def length(size: int) -> int:
             return self._build(size, self.rng("size", size), 0).length
 
-        best = max(self.step, self.smallest)
-        low, high = best + 1, min(2 * best, self.largest + 1)  # high does not fit, or does not exist
+        best = self.smallest
+        low, high = best + 1, min(max(2 * best, self.step), self.largest + 1)  # high does not fit, or does not exist
         while high <= self.largest and length(high) <= self.length:
             best, low, high = high, high + 1, min(2 * high, self.largest + 1)
         while low < high:

@@ -33,7 +33,7 @@ class FrequentWords(Task):
 
     @property
     def smallest(self) -> int:
-        return 40  # below it the three ranks asked for no longer differ in count
+        return 53  # below it the fourth and the fifth rank may have one count, and the answer is not unique
 
     def _search(self) -> int:
         """The reference's linear growth from a sixth of the room, one step back from the first that is too long."""

@@ -38,7 +38,7 @@ class QuestionSet:
 def read_squad(data: Any) -> QuestionSet:
     """SQuAD 2.0's file; unanswerable questions are passed over. Related documents are the rest of the article."""
     articles = [article["paragraphs"] for article in data["data"]]
-    documents = sorted({paragraph["context"] for article in articles for paragraph in article})
+    documents = sorted({_text(paragraph["context"]) for article in articles for paragraph in article})
     number = {text: at for at, text in enumerate(documents)}
     questions = []
     for article in articles:
@@ -47,8 +47,10 @@ def read_squad(data: Any) -> QuestionSet:
             related = tuple(other for other in article_documents if other != own)
             for qa in paragraph["qas"]:
                 if not qa["is_impossible"]:
-                    answers = tuple(answer["text"] for answer in qa["answers"])
-                    questions.append(Question(qa["question"], answers, (own,), related))
+                    answers = tuple(_text(answer["text"]) for answer in qa["answers"])
+                    if not answers:
+                        raise ValueError(f"the answerable question {qa['question']!r} has no answers")
+                    questions.append(Question(_text(qa["question"]), answers, (own,), related))
     return QuestionSet(tuple(documents), tuple(questions))
 
 
@@ -58,10 +60,16 @@ def read_hotpot(data: Any) -> QuestionSet:
     documents = sorted({text for row in texts for text in row})
     number = {text: at for at, text in enumerate(documents)}
     questions = [
-        Question(row["question"], (row["answer"],), tuple(number[text] for text in own), ())
+        Question(_text(row["question"]), (_text(row["answer"]),), tuple(number[text] for text in own), ())
         for row, own in zip(data, texts, strict=True)
     ]
     return QuestionSet(tuple(documents), tuple(questions))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{value!r} stands where a text should")
+    return value
 
 
 class QuestionAnswering(Task):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recyc_jax.attention import select
 from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
+from recyc_jax.config import whole_number
 from recyc_jax.policies.base import Attended, Policy, View
 from recyc_jax.policies.schedules import FixedStride
 
@@ -65,12 +66,14 @@ class RecycledAttention(Policy):
     lookahead: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise ValueError(f"budget={self.budget} must be at least 1")
-        if self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError(f"pool={self.pool} must be odd and positive: the window is centred on its token")
-        if self.lookahead != "auto" and self.lookahead < 0:
-            raise ValueError(f"lookahead={self.lookahead} must be 'auto' or at least 0")
+        object.__setattr__(self, "budget", whole_number("budget", self.budget, 1))
+        object.__setattr__(self, "pool", whole_number("pool", self.pool, 1))
+        if self.pool % 2 == 0:
+            raise ValueError(f"pool={self.pool} must be odd: the window is centred on its token")
+        if self.lookahead != "auto":
+            object.__setattr__(self, "lookahead", whole_number("lookahead", self.lookahead, 0))
+        if not isinstance(self.schedule, FixedStride):
+            raise ValueError(f"schedule={self.schedule!r} must be a schedule, such as FixedStride(10)")
 
     @property
     def period(self) -> int:

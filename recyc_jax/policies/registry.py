@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal
 
 from recyc_jax.policies.base import Policy
@@ -50,7 +51,7 @@ class _Options:
             return self.integer("budget")
         del self.values["budget"]
         try:
-            fraction = float(value)
+            fraction = Fraction(value)  # exact: 0.29 of 100 is 29, which binary floats put below
         except ValueError:
             raise ValueError(f"policy {self.text!r}: budget={value} is not a number") from None
         if not 0 < fraction <= 1:

@@ -6,6 +6,8 @@ import dataclasses
 
 from jaxtyping import Array, Bool, Int
 
+from recyc_jax.config import whole_number
+
 
 @dataclasses.dataclass(frozen=True)
 class FixedStride:
@@ -17,8 +19,7 @@ class FixedStride:
     stride: int
 
     def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise ValueError(f"stride={self.stride} must be at least 1")
+        object.__setattr__(self, "stride", whole_number("stride", self.stride, 1))
 
     @property
     def period(self) -> int:

@@ -1,0 +1,26 @@
+"""The README: its links lead somewhere, its example runs."""
+
+import re
+
+import numpy as np
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).exists(), target
+
+
+def test_the_example_runs(capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(example, names)
+    out, lm = names["out"], names["lm"]
+    printed = capsys.readouterr().out
+    assert lm.tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])]) in printed
+    assert out.full_steps.shape == (2, 30)
+    assert int(out.full_steps.max()) > 0
