@@ -77,7 +77,7 @@ def test_score_equals_the_reference(models, budget, stride, pool):
         sure = sum(gap > 1e-5 for gap in trace.least_gap)
         assert sure >= 10
         np.testing.assert_allclose(score(stride)[row, :sure], expected[row, :sure], atol=1e-4)
-    if budget < 30:
+    if budget < 30 and stride < 14:  # else the two schedules are the same here
         assert np.abs(score(stride + 1) - expected).max() > 0.1
 
 

@@ -230,7 +230,7 @@ def test_the_chat_template(ruler, tmp_path):
         (dict(out="/proc/nowhere/out"), "--out /proc/nowhere/out"),
         (dict(model="no-such-model"), "model 'no-such-model' is neither"),
         (dict(essays="/nowhere.txt"), "--essays /nowhere.txt: No such file"),
-        (dict(data="/nowhere"), "--data /nowhere: there is no such folder"),
+        (dict(data="/nowhere", essays=None), "--data /nowhere: there is no such folder"),
         (dict(**{"qa-squad": "/nowhere.json"}, tasks="qa_1"), "--qa-squad /nowhere.json: No such file"),
     ],
     ids=str,
