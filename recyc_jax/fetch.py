@@ -92,7 +92,8 @@ def debian_file(package: str, member: str, target: Path) -> Path:
     with building(target) as work:
         folder = work.parent / "package"
         folder.mkdir()
-        _run(["apt-get", "download", "-qq", package], f"apt-get cannot fetch {package}", cwd=folder)
+        what_failed = f"apt-get cannot fetch {package} (try apt-get update first)"
+        _run(["apt-get", "download", "-qq", package], what_failed, cwd=folder)
         (deb,) = folder.glob("*.deb")
         _run(["dpkg-deb", "-x", str(deb), str(folder / "files")], f"dpkg-deb cannot unpack {package}")
         shutil.copyfile(folder / "files" / member, work)
