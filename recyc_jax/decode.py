@@ -1,7 +1,6 @@
-"""Prefill and the decode loop: the one place where model, cache and policy meet.
+"""The decode loop, where model, cache and policy meet, and what is run through it.
 
-`generate` is `prefill` + `decode`. Prefill reads the prompt with full attention, chunk by chunk, and keeps
-what policies observe of its last token. The decode loop goes period by period: a `lax.scan` of plain (partial) steps,
+`generate` is `prefill` + `decode`. The loop goes period by period: a `lax.scan` of plain (partial) steps,
 then one deciding step in which a `lax.cond` of the policy takes the full or the partial branch. The carry holds the
 KV cache and the policy's state (for recycled attention: the recycled top-K slots of every layer).
 """
@@ -23,25 +22,13 @@ from jaxtyping import Array, Float, Int, Key
 from recyc_jax import cache, model
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
-from recyc_jax.cache import KVCache, LayerCache, Leaf
+from recyc_jax.cache import KVCache, Leaf
 from recyc_jax.config import LlamaConfig, whole_number
-from recyc_jax.model import Params
-from recyc_jax.policies.base import Policy, View
+from recyc_jax.model import Heads, Params
+from recyc_jax.policies.base import Policy, Step
 from recyc_jax.policies.full import FullAttention
+from recyc_jax.prefill import Prefilled, prefill
 from recyc_jax.sampling import Greedy, Sample
-
-PREFILL_CHUNK = 1024
-PREFILL_TOKENS = 8192  # B * chunk at most: bounds a chunk's activations whatever the batch
-
-
-@flax.struct.dataclass
-class Prefilled:
-    """Prompts that have been read: what `decode` starts from, under any policy that was named to `prefill`."""
-
-    cache: KVCache
-    logits: Leaf  # float32 [B, V]: of each row's last prompt token
-    scores: tuple[Leaf | None, ...]  # a layer: float32 [B, K, S], the last prompt token's; None where unobserved
-    prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
 
 
 @flax.struct.dataclass
@@ -71,87 +58,6 @@ Choose = Callable[[Array, DecodeState], tuple[Array, Array, Array]]
 """(logits [B, V], state) -> next token [B], what to record of it [B], which rows have ended [B]."""
 
 
-# --- prefill ---------------------------------------------------------------------------------------------------------
-
-
-def prefill(
-    params: Params,
-    config: LlamaConfig,
-    prompts: Any,
-    *,
-    policies: Sequence[Policy] = (),
-    max_new_tokens: int = 64,
-    prompt_lengths: Any = None,
-    implementation: str | None = None,
-) -> Prefilled:
-    """The prompts' KV caches, next-token logits and what `policies` observe.
-
-    `prompts` is a list of ragged token-id lists or an int array [B, T], right-padded, with `prompt_lengths` [B]. The
-    cache has room for `max_new_tokens`. Attention is causal and full over chunks of the prompt, so memory beyond the
-    cache does not grow with T. Raises ValueError for empty prompts and ids outside the vocabulary.
-    """
-    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
-    api.resolve(implementation)
-    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
-    if len(dtypes) > 1:
-        raise ValueError(f"params mix {' and '.join(sorted(dtypes))}: cast them to one dtype")
-    tokens, lengths = prompt_arrays.as_arrays(prompts, prompt_lengths, config)
-    observes = any(policy.observes_scores for policy in policies)
-    return _prefill(params, tokens, lengths, config, max_new_tokens, observes, implementation)
-
-
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def _prefill(
-    params: Params,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    config: LlamaConfig,
-    max_new_tokens: int,
-    observes: bool,
-    implementation: str | None,
-) -> Prefilled:
-    attention = api.resolve(implementation)
-    batch, width = tokens.shape
-    chunks = -(-width // max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch)))
-    chunk = -(-width // chunks)
-    prompt_slots = chunks * chunk
-    starts = prompt_slots - lengths
-    # right-align: slot s of row b holds token s - starts[b]
-    positions = jnp.maximum(jnp.arange(prompt_slots, dtype=jnp.int32) - starts[:, None], 0)
-    tokens = jnp.take_along_axis(tokens, jnp.minimum(positions, width - 1), axis=1)
-    empty = cache.empty(config, batch, prompt_slots + max_new_tokens - 1, _dtype(params), starts)
-
-    def read_chunk(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        layers = carry[0]
-        offset = index * chunk
-
-        def attend(layer: int, q: Array, k: Array, v: Array, kv: LayerCache) -> tuple[Array, Any]:
-            kv = kv.append(k, v, offset)
-            return attention.chunk(q, kv.keys, kv.values, starts, offset), (kv, q[:, -1])
-
-        here = lax.dynamic_slice_in_dim(tokens, offset, chunk, axis=1)
-        at = lax.dynamic_slice_in_dim(positions, offset, chunk, axis=1)
-        hidden, after = model.hidden_states(params, config, here, at, attend, layers)
-        layers, queries = zip(*after, strict=True)
-        return layers, queries, hidden[:, -1]
-
-    dtype = empty.layers[0].keys.dtype
-    queries = (jnp.zeros((batch, config.num_attention_heads, config.head_dim), dtype),) * config.num_hidden_layers
-    carry = (empty.layers, queries, jnp.zeros((batch, config.hidden_size), dtype))
-    # chunks that hold padding alone in every row are passed over
-    layers, queries, hidden = lax.fori_loop(jnp.min(starts) // chunk, chunks, read_chunk, carry)
-    kv_cache = KVCache(layers, starts, jnp.asarray(prompt_slots, jnp.int32))
-    visible = cache.filled(starts, kv_cache.length, kv_cache.capacity)
-    scores = tuple(
-        attention.scores(q, kv.keys, visible) if observes else None for q, kv in zip(queries, layers, strict=True)
-    )
-    return Prefilled(kv_cache, model.logits(params, config, hidden), scores, prompt_slots)
-
-
-def _dtype(params: Params) -> Any:
-    return params["embedding"].dtype
-
-
 # --- the decode loop -------------------------------------------------------------------------------------------------
 
 
@@ -165,17 +71,23 @@ def decode_step(
     deciding: bool,
 ) -> DecodeState:
     """One step: feed the pending token, attend as the policy says, choose the next token."""
-    kv_cache, step = state.cache, state.step + 1
+    kv_cache, number = state.cache, state.step + 1
     slot = kv_cache.length
 
-    def attend(layer: int, q: Array, k: Array, v: Array, layer_state: Any) -> tuple[Array, Any]:
+    def attend(layer: int, heads: Heads, layer_state: Any) -> tuple[Array, Any]:
         kv, recycled = layer_state
-        kv = kv.append(k, v, slot)
-        view = View(kv.keys, kv.values, kv_cache.starts, slot + 1)
-        if deciding:
-            out, recycled, full = policy.decide(attention, q[:, 0], view, recycled, step)
-        else:
-            out, recycled, full = policy.attend(attention, q[:, 0], view, recycled)
+        kv = kv.append(heads.k, heads.v, slot)
+        here = Step(
+            q=heads.q[:, 0],
+            plain_q=heads.plain_q[:, 0],
+            keys=kv.keys,
+            values=kv.values,
+            starts=kv_cache.starts,
+            length=slot + 1,
+            number=number,
+            done=state.done,
+        )
+        out, recycled, full = (policy.decide if deciding else policy.attend)(attention, here, recycled)
         return out[:, None], (kv, recycled, full)
 
     positions = (slot - kv_cache.starts)[:, None]
@@ -186,7 +98,7 @@ def decode_step(
         state,
         cache=KVCache(layers, kv_cache.starts, slot + 1),
         recycled=recycled,
-        step=step,
+        step=number,
         full_steps=state.full_steps + (jnp.stack(fulls, axis=1) & ~state.done[:, None]).astype(jnp.int32),
     )
     return _record(fed, choose, model.logits(params, config, hidden[:, 0]))
@@ -220,7 +132,7 @@ def _run(
     visible = cache.filled(kv_cache.starts, kv_cache.length, kv_cache.capacity)
     state = DecodeState(
         cache=kv_cache,
-        recycled=tuple(policy.start(scores, visible) for scores in prefilled.scores),
+        recycled=tuple(policy.start(observed, visible) for observed in prefilled.observed),
         token=jnp.zeros(batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         done=jnp.zeros(batch, jnp.bool_),
@@ -422,8 +334,14 @@ def _room(state: Prefilled) -> int:
 
 
 def _check_policy(policy: Policy, state: Prefilled) -> None:
-    if policy.observes_scores and state.scores[0] is None:
-        raise ValueError(f"{policy} needs the prompt's scores: name it in prefill(policies=...)")
+    wanted, kept = policy.observes, state.observed[0]
+    missing = {
+        "scores": not wanted.windows <= kept.scores.keys(),
+        "last query": wanted.query and kept.q is None,
+        "accumulated attention": wanted.mass and kept.mass is None,
+    }
+    for what in (name for name, lacks in missing.items() if lacks):
+        raise ValueError(f"{policy} needs the prompt's {what}: name it in prefill(policies=...)")
 
 
 def _how_to_choose(

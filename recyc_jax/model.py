@@ -1,6 +1,6 @@
 """The Llama-family decoder as Flax modules that hold parameters only.
 
-Attention is a function passed in: `attend(layer, q, k, v, state) -> (out, state)`. The modules know neither caches nor
+Attention is a function passed in: `attend(layer, heads, state) -> (out, state)`. The modules know neither caches nor
 policies; `decode.py` joins them. Letters: B batch, T queries, D model, N query heads, K key/value heads, H head dim,
 F feed-forward, V vocabulary.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -21,7 +21,18 @@ from recyc_jax.attention import reference
 from recyc_jax.config import LlamaConfig
 
 Params = Any
-Attend = Callable[[int, Array, Array, Array, Any], tuple[Array, Any]]
+
+
+class Heads(NamedTuple):
+    """What a layer hands to its attention function."""
+
+    q: Array  # [B, T, N, H], after RoPE
+    k: Array  # [B, T, K, H], after RoPE
+    v: Array  # [B, T, K, H]
+    plain_q: Array  # [B, T, N, H]: q before RoPE, by which some policies tell queries alike
+
+
+Attend = Callable[[int, Heads, Any], tuple[Array, Any]]
 
 _WEIGHT_INIT = nn.initializers.normal(0.02)
 
@@ -58,7 +69,8 @@ class Attention(nn.Module):
         q = _dense(heads * dim, "q_proj", c.qkv_bias)(x).reshape(*x.shape[:2], heads, dim)
         k = _dense(kv_heads * dim, "k_proj", c.qkv_bias)(x).reshape(*x.shape[:2], kv_heads, dim)
         v = _dense(kv_heads * dim, "v_proj", c.qkv_bias)(x).reshape(*x.shape[:2], kv_heads, dim)
-        out, state = attend(self.layer, rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, state)
+        made = Heads(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, q)
+        out, state = attend(self.layer, made, state)
         return _dense(c.hidden_size, "o_proj")(out.reshape(*x.shape[:2], heads * dim)), state
 
 
@@ -122,8 +134,8 @@ class Llama(nn.Module):
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _attend_causally(layer: int, q: Array, k: Array, v: Array, state: Any) -> tuple[Array, Any]:
-    return reference.causal(q, k, v), state
+def _attend_causally(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
+    return reference.causal(heads.q, heads.k, heads.v), state
 
 
 def init_params(config: LlamaConfig, key: Array, dtype: Any = jnp.float32) -> Params:

@@ -1,7 +1,8 @@
-"""The paper's algorithm in plain numpy, a token and a head at a time: slow and obvious. Fixed schedule, one row.
+"""The methods in plain numpy, a token and a head at a time: slow and obvious. One row.
 
-Written from the paper (section 3) and our decisions where it is silent, without a look at the fast path: sets are lists
-of positions, ranked ones and new ones, not a ring of indices.
+Written from the papers and our decisions where they are silent, without a look at the fast path: sets are lists of
+positions, ranked ones and new ones, not rings of indices. A method is asked, layer by layer and head by head, which
+positions to read.
 """
 
 import dataclasses
@@ -14,8 +15,8 @@ import numpy as np
 class Trace:
     tokens: list  # the new tokens
     logits: list  # the logits that each was chosen from, [V]
-    least_gap: list  # for each: the least margin of a choice so far (of tokens and of selected positions)
-    full_steps: int
+    least_gap: list  # for each: the least margin of a choice so far (of tokens, of positions, of full or partial)
+    full_steps: list  # of each layer
 
 
 def _rms(x, scale, eps):
@@ -30,13 +31,17 @@ def _rotate(x, position, inverse_frequencies):
     )
 
 
-def _softmax(x):
-    e = np.exp(x - x.max())
-    return e / e.sum()
+def _log_softmax(x):
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
 class Decoder:
-    """A Llama decoder that feeds one token at a time and asks `positions(layer, kv_head, logits_of)` what to read."""
+    """A Llama decoder that feeds one token at a time and asks `read(layer, kv_head)` what to attend to (None: all).
+
+    After a layer's queries are made, and after the token: `query[layer]`, the mean over the heads before RoPE, and
+    `rotated_query[layer]`; `read_chances[layer][kv_head]`, log-probabilities [G, positions read]; `all_chances` of the
+    same queries over all positions, whatever was read.
+    """
 
     def __init__(self, params, config):
         from recyc_jax import rope
@@ -49,32 +54,32 @@ class Decoder:
         self.position = 0
 
     def feed(self, token, read):
-        """Logits after `token`. `read(layer, kv_head)` lists the positions to attend to (None: all), and
-        `self.scores[layer][kv_head]` afterwards holds log-probabilities over those positions, max over the group."""
+        """Logits after `token`."""
         c = self.c
         groups = c.num_attention_heads // c.num_key_value_heads
         x = self.p["embedding"][token]
-        self.scores = [[None] * c.num_key_value_heads for _ in range(c.num_hidden_layers)]
-        for layer in range(c.num_hidden_layers):
+        layers, kv_heads = range(c.num_hidden_layers), range(c.num_key_value_heads)
+        self.query, self.rotated_query = ([None for _ in layers] for _ in range(2))
+        self.read_chances, self.all_chances = ([[None for _ in kv_heads] for _ in layers] for _ in range(2))
+        for layer in layers:
             block = self.p[f"layers_{layer}"]
             h = _rms(x, block["attention_norm"]["scale"], c.rms_norm_eps)
             q, k, v = (self._project(block["attention"][f"{name}_proj"], h) for name in "qkv")
+            rotated = [_rotate(one, self.position, self.inverse_frequencies) for one in q]
+            self.query[layer], self.rotated_query[layer] = np.mean(q, axis=0), np.mean(rotated, axis=0)
             out = np.zeros((c.num_attention_heads, c.head_dim))
-            for kv_head in range(c.num_key_value_heads):
+            for kv_head in kv_heads:
                 self.keys[layer][kv_head].append(_rotate(k[kv_head], self.position, self.inverse_frequencies))
                 self.values[layer][kv_head].append(v[kv_head])
+                everything = list(range(self.position + 1))
                 positions = read(layer, kv_head)
-                if positions is None:
-                    positions = list(range(self.position + 1))
-                keys = np.array([self.keys[layer][kv_head][at] for at in positions])
-                values = np.array([self.values[layer][kv_head][at] for at in positions])
-                log_probabilities = []
-                for head in range(kv_head * groups, (kv_head + 1) * groups):
-                    rotated = _rotate(q[head], self.position, self.inverse_frequencies)
-                    logits = keys @ rotated / np.sqrt(c.head_dim)
-                    out[head] = _softmax(logits) @ values
-                    log_probabilities.append(logits - logits.max() - np.log(np.exp(logits - logits.max()).sum()))
-                self.scores[layer][kv_head] = np.max(log_probabilities, axis=0)
+                positions = everything if positions is None else positions
+                keys, values = (np.array(of[layer][kv_head]) for of in (self.keys, self.values))
+                heads = range(kv_head * groups, (kv_head + 1) * groups)
+                logits = np.array([keys @ rotated[head] / np.sqrt(c.head_dim) for head in heads])
+                self.all_chances[layer][kv_head] = np.array([_log_softmax(row) for row in logits])
+                self.read_chances[layer][kv_head] = np.array([_log_softmax(row[positions]) for row in logits])
+                out[list(heads)] = np.exp(self.read_chances[layer][kv_head]) @ values[positions]
             x = x + out.reshape(-1) @ block["attention"]["o_proj"]["kernel"]
             h = _rms(x, block["mlp_norm"]["scale"], c.rms_norm_eps)
             gate, up = h @ block["mlp"]["gate_proj"]["kernel"], h @ block["mlp"]["up_proj"]["kernel"]
@@ -103,47 +108,229 @@ def _rank(scores, pool, budget, lookahead):
     return order[:budget], min(gaps, default=np.inf)
 
 
-def recycled(params, config, prompt, *, budget, stride, pool, new_tokens, lookahead=0):
-    """Greedy decoding under Recycled Attention with a fixed stride."""
-    decoder = Decoder(params, config)
-    layers, heads = range(config.num_hidden_layers), range(config.num_key_value_heads)
-    for token in prompt:
-        logits = decoder.feed(token, lambda layer, head: None)
-    least = np.inf
-    ranked, recent = {}, {}
+class Method:
+    """What the run below asks of a method. `gap` is the least margin of any choice that it has made."""
 
-    def refresh():
-        nonlocal least
-        for layer in layers:
-            for head in heads:
-                ranked[layer, head], gap = _rank(list(decoder.scores[layer][head]), pool, budget, lookahead)
-                recent[layer, head] = []
-                least = min(least, gap)
+    def __init__(self, config):
+        self.c = config
+        self.gap = np.inf
+        self.layers, self.heads = range(config.num_hidden_layers), range(config.num_key_value_heads)
+        self.places = [(layer, head) for layer in self.layers for head in self.heads]
 
-    def partial(layer, head):
-        mine, new = ranked[layer, head], recent[layer, head]
+    def after_prompt_token(self, decoder):
+        """Look at a prompt token, which has attended to everything."""
+
+    def start(self, decoder):
+        """The prompt is read."""
+
+    def before(self, decoder, step):
+        """A token is about to be fed."""
+
+    def read(self, decoder, step, layer, head):
+        """The positions that the token in `decoder.position` attends to; None is all of them."""
+
+    def is_full(self, step, layer):
+        """Whether that was a full step; asked after `read`."""
+
+    def after(self, decoder, step):
+        """The step is done."""
+
+
+class Full(Method):
+    def is_full(self, step, layer):
+        return True
+
+
+class StreamingLLM(Method):
+    """The first `sinks` and the latest `budget - sinks`."""
+
+    def __init__(self, config, budget, sinks=4, full_stride=None):
+        super().__init__(config)
+        self.budget, self.sinks, self.full_stride = budget, sinks, full_stride
+
+    def is_full(self, step, layer):
+        return self.full_stride is not None and step % self.full_stride == 0
+
+    def read(self, decoder, step, layer, head):
+        if self.is_full(step, layer):
+            return None
+        everything = list(range(decoder.position + 1))
+        return sorted({*everything[: self.sinks], *everything[-(self.budget - self.sinks) :]})
+
+
+class H2O(Method):
+    """Heavy hitters by accumulated attention, and the latest tokens; what is dropped never returns."""
+
+    def __init__(self, config, budget, full_stride=None):
+        super().__init__(config)
+        self.heavy, self.recent = budget // 2, budget - budget // 2
+        self.full_stride = full_stride
+        groups = config.num_attention_heads // config.num_key_value_heads
+        self.mass = {place: [np.zeros(0) for _ in range(groups)] for place in self.places}  # by query head and position
+        self.kept = {}
+
+    is_full = StreamingLLM.is_full
+
+    def _add(self, place, positions, chances):
+        for mass, row in zip(self.mass[place], np.exp(chances), strict=True):
+            mass[positions] += row
+
+    def _make_room(self, position):
+        for place in self.places:
+            self.mass[place] = [np.append(mass, 0.0) for mass in self.mass[place]]
+            if place in self.kept:
+                self.kept[place].append(position)
+                self._evict(place, position)
+
+    def _evict(self, place, newest):
+        kept = self.kept[place]
+        old = [at for at in kept if at <= newest - self.recent]
+        score = {at: max(mass[at] for mass in self.mass[place]) for at in old}
+        order = sorted(old, key=lambda at: (-score[at], at))
+        for a, b in itertools.pairwise(order[: self.heavy + 1]):
+            self.gap = min(self.gap, (score[a] - score[b]) / max(score[a], 1e-30))
+        self.kept[place] = [at for at in kept if at not in order[self.heavy :]]
+
+    def after_prompt_token(self, decoder):
+        self._make_room(decoder.position - 1)
+        for layer, head in self.places:
+            everything = list(range(decoder.position))
+            self._add((layer, head), everything, decoder.all_chances[layer][head])
+
+    def start(self, decoder):
+        # nothing is evicted before the next token is there
+        self.kept = {place: list(range(decoder.position)) for place in self.places}
+
+    def before(self, decoder, step):
+        self._make_room(decoder.position)
+
+    def read(self, decoder, step, layer, head):
+        return None if self.is_full(step, layer) else self.kept[layer, head]
+
+    def after(self, decoder, step):
+        for layer, head in self.places:
+            kept = self.kept[layer, head]
+            chances = decoder.read_chances[layer][head]
+            self._add((layer, head), kept, chances[:, kept] if self.is_full(step, layer) else chances)
+
+
+class SnapKV(Method):
+    """The top `budget` by the last `window` prompt tokens, chosen once; each new token replaces the lowest-ranked."""
+
+    def __init__(self, config, budget, window=1, pool=7, lookahead=0):
+        super().__init__(config)
+        self.budget, self.window, self.pool, self.lookahead = budget, window, pool, lookahead
+        self.queries = []  # of the prompt's tokens: chances by place
+        self.ranked, self.recent = {}, {}
+
+    def after_prompt_token(self, decoder):
+        self.queries.append({(layer, head): decoder.all_chances[layer][head] for layer, head in self.places})
+
+    def start(self, decoder):
+        for place in self.places:
+            groups = self.queries[-1][place].shape[0]
+            total = np.zeros((groups, decoder.position))
+            for query in self.queries[-self.window :]:
+                total[:, : query[place].shape[1]] += np.exp(query[place])
+            self._select(place, np.log(total).max(axis=0))
+
+    def _select(self, place, scores):
+        self.ranked[place], gap = _rank(list(scores), self.pool, self.budget, self.lookahead)
+        self.recent[place] = []
+        self.gap = min(self.gap, gap)
+
+    def is_full(self, step, layer):
+        return False
+
+    def read(self, decoder, step, layer, head):
+        mine, new = self.ranked[layer, head], self.recent[layer, head]
         new.append(decoder.position)
-        if len(mine) + len(new) > budget:
+        if len(mine) + len(new) > self.budget:
             if mine:
                 mine.pop()  # the lowest-ranked
             else:
                 new.pop(0)  # the oldest new one
-        return list(mine + new)
+        return mine + new
 
-    refresh()
-    trace = Trace([], [], [], 0)
+
+class Recycled(SnapKV):
+    """Recycled Attention: SnapKV's set, chosen anew at full steps."""
+
+    def __init__(self, config, budget, stride=None, check_every=None, threshold=None, rope=False, evict=True,
+                 ablation=None, pool=7, lookahead=0):  # fmt: skip
+        if lookahead == "auto":
+            lookahead = (stride or check_every) - 1
+        super().__init__(config, budget, 1, pool, lookahead)
+        self.stride, self.check_every, self.threshold, self.rope = stride, check_every, threshold, rope
+        self.evict, self.ablation = evict, ablation
+        self.remembered, self.due = {}, {}
+
+    def start(self, decoder):
+        super().start(decoder)
+        for layer in self.layers:
+            self.remembered[layer] = self._query(decoder, layer)
+
+    def _query(self, decoder, layer):
+        return (decoder.rotated_query if self.rope else decoder.query)[layer]
+
+    def _is_due(self, decoder, step, layer):
+        if self.stride:
+            return step % self.stride == 0
+        if step % self.check_every:
+            return False
+        now, then = self._query(decoder, layer), self.remembered[layer]
+        similarity = min(now @ then / (np.linalg.norm(now) * np.linalg.norm(then)), 1)
+        if self.threshold < 1:
+            self.gap = min(self.gap, abs(similarity - self.threshold))
+        return similarity <= self.threshold
+
+    def read(self, decoder, step, layer, head):
+        if head == 0:
+            self.due[layer] = self._is_due(decoder, step, layer)
+        if self.evict:
+            partial = super().read(decoder, step, layer, head)
+        else:
+            self.recent[layer, head].append(decoder.position)
+            partial = self.ranked[layer, head] + self.recent[layer, head]
+        return None if self.due[layer] and self.ablation != "no_full_attention" else partial
+
+    def is_full(self, step, layer):
+        return self.due[layer] and self.ablation != "no_full_attention"
+
+    def after(self, decoder, step):
+        for layer in self.layers:
+            if self.due[layer]:
+                self.remembered[layer] = self._query(decoder, layer)
+        for layer, head in self.places:
+            if self.due[layer] and self.ablation != "no_refresh":
+                self._select((layer, head), decoder.all_chances[layer][head].max(axis=0))
+
+
+def run(params, config, prompt, method, new_tokens):
+    """Greedy decoding under a method."""
+    decoder = Decoder(params, config)
+    for token in prompt:
+        logits = decoder.feed(token, lambda layer, head: None)
+        method.after_prompt_token(decoder)
+    method.start(decoder)
+    trace = Trace([], [], [], [0] * config.num_hidden_layers)
+    least = np.inf
     for step in range(1, new_tokens + 1):
         best = np.sort(logits)[::-1]
-        least = min(least, best[0] - best[1])
+        least = min(least, method.gap, best[0] - best[1])
         trace.tokens.append(int(np.argmax(logits)))
         trace.logits.append(logits)
         trace.least_gap.append(least)
         if step == new_tokens:
             break
-        if step % stride == 0:
-            logits = decoder.feed(trace.tokens[-1], lambda layer, head: None)
-            trace.full_steps += 1
-            refresh()
-        else:
-            logits = decoder.feed(trace.tokens[-1], partial)
+        method.before(decoder, step)
+        logits = decoder.feed(trace.tokens[-1], lambda layer, head, step=step: method.read(decoder, step, layer, head))
+        method.after(decoder, step)
+        for layer in method.layers:
+            trace.full_steps[layer] += method.is_full(step, layer)
     return trace
+
+
+def recycled(params, config, prompt, *, new_tokens, **options):
+    """Greedy decoding under Recycled Attention."""
+    return run(params, config, prompt, Recycled(config, **options), new_tokens)

@@ -52,7 +52,6 @@ def test_full(attention, arrays):
     np.testing.assert_allclose(got_out, out, atol=1e-5)
     seen = np.broadcast_to(VISIBLE[:, None], scores.shape)
     np.testing.assert_allclose(np.asarray(got_scores)[seen], scores[seen], atol=1e-4)
-    np.testing.assert_allclose(np.asarray(attention.scores(*arrays[:2], VISIBLE))[seen], scores[seen], atol=1e-4)
     assert np.isfinite(got_scores).all()
 
 
@@ -63,6 +62,66 @@ def test_selected(attention, arrays):
     slots[1, 1, 1:] = -1
     out, _ = by_heads(*arrays, lambda b, k: np.isin(np.arange(S), slots[b, k]))
     np.testing.assert_allclose(attention.selected(*arrays, jnp.asarray(slots, jnp.int32)), out, atol=1e-5)
+
+
+def probabilities(q, keys, seen):
+    """[B, K, G, S] in float64, one query a row."""
+    rows = [
+        [np.exp(attend(*(np.asarray(x, np.float64) for x in (q[b, n], keys[b, n // G], keys[b, n // G])), seen(b))[1])
+         for n in range(K * G)]
+        for b in range(B)
+    ]  # fmt: skip
+    return np.array(rows).reshape(B, K, G, -1)
+
+
+def test_weights(attention, arrays):
+    """The same outputs, and each head's probabilities."""
+    out, weights = attention.full_with_weights(*arrays, VISIBLE)
+    np.testing.assert_array_equal(out, attention.full(*arrays, VISIBLE))
+    expected = probabilities(*arrays[:2], lambda b: np.asarray(VISIBLE[b]))
+    np.testing.assert_allclose(weights, expected, atol=1e-6)
+    slots = jnp.broadcast_to(jnp.asarray([20, 13, 36, -1, 30], jnp.int32), (B, K, 5))
+    out, weights = attention.selected_with_weights(*arrays, slots)
+    np.testing.assert_array_equal(out, attention.selected(*arrays, slots))
+    expected = probabilities(*arrays[:2], lambda b: np.isin(np.arange(S), slots[0, 0]))
+    np.testing.assert_allclose(weights[..., [0, 1, 2, 4]], expected[..., [20, 13, 36, 30]], atol=1e-6)
+    assert not np.asarray(weights[..., 3]).any()
+
+
+@pytest.mark.parametrize("window", [1, 5, 30])
+def test_window_scores(attention, arrays, window):
+    """The row that starts at slot 13 has 24 tokens: 30 queries are 24 there."""
+    q = jnp.asarray(np.random.default_rng(3).normal(size=(B, window, K * G, H)) * 3, jnp.float32)
+    got = np.asarray(attention.window_scores(q, arrays[1], jnp.array([0, 13], jnp.int32), jnp.int32(37)))
+    total = 0
+    for number in range(window):
+        at = 37 - window + number
+        real = np.array([[[[at >= start]]] for start in (0, 13)])
+        here = probabilities(q[:, number], arrays[1], lambda b, at=at: (np.arange(S) >= (0, 13)[b]) & (np.arange(S) <= at)
+                             if at >= (0, 13)[b] else np.ones(S, bool))  # fmt: skip
+        total = total + here * real
+    seen = np.asarray(VISIBLE)
+    for row in range(B):
+        expected = np.log(total[row].max(axis=1)[:, seen[row]])
+        np.testing.assert_allclose(got[row][:, seen[row]], expected, atol=1e-4)
+    if window == 1:
+        scores = attention.full_with_scores(q[:, 0], *arrays[1:], VISIBLE)[1]
+        np.testing.assert_allclose(got[0][:, seen[0]], np.asarray(scores)[0][:, seen[0]], atol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "offset"), [(8, 16), (3, 12), (37, 0), (20, 17)])
+def test_chunk_mass(attention, arrays, width, offset):
+    """Queries summed in blocks of 16, whole and not; those of padding left out."""
+    q = jnp.asarray(np.random.default_rng(4).normal(size=(B, width, K * G, H)) * 3, jnp.float32)
+    got = attention.chunk_mass(q, arrays[1], jnp.array([0, 13], jnp.int32), jnp.int32(offset))
+    expected = np.zeros((B, K, G, S))
+    for number in range(width):
+        at = offset + number
+        for row, start in enumerate((0, 13)):
+            if at >= start:
+                seen = (np.arange(S) >= start) & (np.arange(S) <= at)
+                expected[row] += probabilities(q[:, number], arrays[1], lambda b, seen=seen: seen)[row]
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_nothing_to_see_is_finite(attention, arrays):

@@ -9,10 +9,15 @@ import pytest
 
 import recyc_jax as rj
 
-decode = importlib.import_module("recyc_jax.decode")
+decode, prefill = map(importlib.import_module, ("recyc_jax.decode", "recyc_jax.prefill"))
 POLICIES = {
     "full": rj.FullAttention(),
     "recycled": rj.RecycledAttention(budget=16, schedule=rj.FixedStride(5)),
+    "dynamic": rj.RecycledAttention(budget=16, schedule=rj.QuerySimilarity(5, 0.5)),
+    "no_eviction": rj.RecycledAttention(budget=16, schedule=rj.FixedStride(5), evict=False),
+    "snapkv": rj.SnapKV(budget=16),
+    "h2o": rj.H2O(budget=16, full_stride=5),
+    "streaming_llm": rj.StreamingLLM(budget=16, full_stride=5),
     "recycled_whole": rj.RecycledAttention(budget=10_000, schedule=rj.FixedStride(5)),
 }
 
@@ -58,11 +63,17 @@ def test_prefill_of_128k_tokens_needs_no_square():
     )
     # float32: XLA for CPU may widen a bfloat16 cache as a whole, which no accelerator does
     params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0)))
-    temp = {}
-    for length in (32768, 131072):
+
+    def temp(length, observes):
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        lowered = decode._prefill.lower(params, tokens, lengths, config, 64, True, None)
-        temp[length] = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert temp[131072] < 1.05 * temp[32768]
-    assert temp[131072] < 131072**2 / 32  # bytes: a 32nd of one head's square at one byte each
+        lowered = prefill._prefill.lower(params, tokens, lengths, config, 64, observes, None)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    dynamic = rj.RecycledAttention(16, rj.QuerySimilarity(5, 0.5)).observes
+    short, long = (temp(length, dynamic) for length in (32768, 131072))
+    row = 4 * config.num_attention_heads * 131072  # bytes of one query's logits: grows with T, as the cache does
+    assert long < short + 3 * row
+    assert long < 131072**2 / 32  # bytes: a 32nd of one head's square at one byte each
+    # accumulated attention takes 16 queries' logits at once, and SnapKV's window one after the other
+    assert temp(131072, dynamic | rj.SnapKV(16, window=32).observes | rj.H2O(16).observes) < long + 5 * 16 * row

@@ -12,11 +12,18 @@ ORDER = [  # each module may import from lines above its own
     {"recyc_jax.cache", "recyc_jax.gguf_convert"},
     {"recyc_jax.attention.reference", "recyc_jax.attention.select"},
     {"recyc_jax.attention.api"},
-    {"recyc_jax.policies.base", "recyc_jax.policies.schedules"},
-    {"recyc_jax.policies.full", "recyc_jax.policies.recycled"},
+    {"recyc_jax.policies.base", "recyc_jax.policies.schedules", "recyc_jax.policies.recycled_set"},
+    {
+        "recyc_jax.policies.full",
+        "recyc_jax.policies.h2o",
+        "recyc_jax.policies.recycled",
+        "recyc_jax.policies.snapkv",
+        "recyc_jax.policies.streaming_llm",
+    },
     {"recyc_jax.policies.registry"},
     {"recyc_jax.model"},
-    {"recyc_jax.decode", "recyc_jax.pretrained"},
+    {"recyc_jax.prefill", "recyc_jax.pretrained"},
+    {"recyc_jax.decode"},
     {"recyc_jax"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -16,6 +16,17 @@ def test_strings_name_policies():
     assert rj.parse_policy("recycled:budget=1.0,stride=5,lookahead=auto", 100) == rj.RecycledAttention(
         100, rj.FixedStride(5), lookahead="auto"
     )
+    assert rj.parse_policy("recycled:budget=512,check_every=5,threshold=0.85") == rj.RecycledAttention(
+        512, rj.QuerySimilarity(5, 0.85)
+    )
+    assert rj.parse_policy(
+        "recycled:budget=8,check_every=5,threshold=-1,rope=true,evict=false,ablation=no_refresh"
+    ) == rj.RecycledAttention(8, rj.QuerySimilarity(5, -1.0, rope=True), evict=False, ablation="no_refresh")
+    assert rj.parse_policy("snapkv:budget=0.5,window=16,pool=5,lookahead=9", 100) == rj.SnapKV(50, 16, 5, 9)
+    assert rj.parse_policy("h2o:budget=512") == rj.H2O(512)
+    assert rj.parse_policy("h2o:budget=512,full_stride=10") == rj.H2O(512, full_stride=10)
+    assert rj.parse_policy("streaming_llm:budget=512") == rj.StreamingLLM(512, sinks=4)
+    assert rj.parse_policy("streaming_llm:budget=512,sinks=0,full_stride=10") == rj.StreamingLLM(512, 0, 10)
     assert rj.parse_policy("recycled:budget=0.001,stride=5", 100).budget == 1
     assert [rj.parse_policy(f"recycled:budget={b},stride=5", 100).budget for b in ("0.29", "0.57", "0.58")] == [
         29,
@@ -27,7 +38,7 @@ def test_strings_name_policies():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "'magic' is unknown; there is full, recycled"),
+        ("magic", "'magic' is unknown; there is full, recycled, snapkv, h2o, streaming_llm"),
         ("", "'' is unknown"),
         ("full:budget=3", "full has no option budget"),
         ("recycled", "needs budget"),
@@ -44,6 +55,24 @@ def test_strings_name_policies():
         ("recycled:budget=8,stride", "'stride' is not of the form key=value"),
         ("recycled:budget=8,stride=2,pool=4", "pool=4 must be odd"),
         ("recycled:budget=8,stride=2,lookahead=-1", "lookahead=-1"),
+        ("recycled:budget=8,check_every=5", "needs threshold"),
+        ("recycled:budget=8,threshold=0.5", "needs check_every"),
+        ("recycled:budget=8,check_every=5,threshold=high", "threshold=high is not a number"),
+        ("recycled:budget=8,check_every=5,threshold=1.5", "threshold=1.5 must lie in -1..1"),
+        ("recycled:budget=8,check_every=5,threshold=nan", "threshold=nan must lie in -1..1"),
+        ("recycled:budget=8,check_every=0,threshold=0.5", "check_every=0 must be at least 1"),
+        ("recycled:budget=8,stride=2,check_every=5,threshold=0.5", "stride goes with neither"),
+        ("recycled:budget=8,stride=2,rope=true", "recycled has no option rope"),
+        ("recycled:budget=8,stride=2,evict=no", "evict=no is neither true nor false"),
+        ("recycled:budget=8,stride=2,ablation=all", "ablation='all' is unknown; there is no_refresh"),
+        ("snapkv:budget=8,lookahead=auto", "lookahead=auto is not a whole number"),
+        ("snapkv:budget=8,window=0", "window=0 must be at least 1"),
+        ("snapkv:budget=8,pool=2", "pool=2 must be odd"),
+        ("h2o:budget=1", "budget=1 must be at least 2"),
+        ("h2o:budget=8,full_stride=0", "full_stride=0 must be at least 1"),
+        ("streaming_llm:budget=4", "budget=4 must exceed sinks=4"),
+        ("streaming_llm:budget=4,sinks=-1", "sinks=-1 must be at least 0"),
+        ("streaming_llm:budget=8,full_stride=0", "full_stride=0 must be at least 1"),
         ("recycled:budget=8,stride=2,colour=red", "recycled has no option colour"),
     ],
 )

@@ -48,15 +48,10 @@ def _decode_logits(
 
 def _weighted(
     logits: Float[Array, "B K G S"], values: Float[Array, "B K S H"], q: Float[Array, "B N H"]
-) -> Float[Array, "B N H"]:
-    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(q.shape)
-
-
-def _group_scores(logits: Float[Array, "B K G S"]) -> Float[Array, "B K S"]:
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return jnp.max(logits - normaliser, axis=2)
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
+    weights = jax.nn.softmax(logits, axis=-1)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(q.shape), weights
 
 
 def full(
@@ -66,6 +61,16 @@ def full(
     visible: Bool[Array, "B S"],
 ) -> Float[Array, "B N H"]:
     """One query a row over every visible slot."""
+    return full_with_weights(q, keys, values, visible)[0]
+
+
+def full_with_weights(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
+    """`full`, and the probabilities of each query head in float32."""
     return _weighted(_decode_logits(q, keys, visible[:, None]), values, q)
 
 
@@ -75,18 +80,38 @@ def full_with_scores(
     values: Float[Array, "B K S H"],
     visible: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
-    """`full`, and each slot's score: see `scores`."""
+    """`full`, and how much each slot matters to the query: its log-probability, the maximum over the heads of its group
+    (section 3.1 of the paper). Our decision: float32 `logit - logsumexp` rather than the probability, which underflows in
+    the tail and would leave the order there to chance. Slots that are not visible hold meaningless finite numbers."""
     logits = _decode_logits(q, keys, visible[:, None])
-    return _weighted(logits, values, q), _group_scores(logits)
+    scores = jnp.max(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis=2)
+    return _weighted(logits, values, q)[0], scores
 
 
-def scores(
-    q: Float[Array, "B N H"], keys: Float[Array, "B K S H"], visible: Bool[Array, "B S"]
+def window_scores(
+    q: Float[Array, "B W N H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    length: Int[Array, ""],
 ) -> Float[Array, "B K S"]:
-    """How much each slot matters to the query: its log-probability, the maximum over the heads of its group (section
-    3.1 of the paper). Our decision: float32 `logit - logsumexp` rather than the probability, which underflows in the
-    tail and would leave the order there to chance. Slots that are not visible hold meaningless finite numbers."""
-    return _group_scores(_decode_logits(q, keys, visible[:, None]))
+    """Each slot's score under the last W tokens, in slots `length - W` to `length - 1`: the log of its probability summed
+    over these queries, the maximum over the heads of its group. Where a row has fewer tokens, all of them. W = 1
+    is the score of `full_with_scores`. One query at a time, so memory does not grow with W."""
+    batch, window, heads, _ = q.shape
+    kv_heads, capacity = keys.shape[1:3]
+    slots = jnp.arange(capacity, dtype=jnp.int32)
+    first = length - window
+
+    def add(index: Array, total: Array) -> Array:
+        seen = (slots >= starts[:, None]) & (slots <= first + index)
+        here = lax.dynamic_index_in_dim(q, index, axis=1, keepdims=False)
+        logits = _decode_logits(here, keys, seen[:, None])
+        chances = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        is_token = first + index >= starts
+        return jnp.logaddexp(total, jnp.where(is_token[:, None, None, None], chances, MASKED))
+
+    total = jnp.full((batch, kv_heads, heads // kv_heads, capacity), MASKED, jnp.float32)
+    return jnp.max(lax.fori_loop(0, window, add, total), axis=2)
 
 
 def selected(
@@ -96,6 +121,16 @@ def selected(
     slots: Int[Array, "B K R"],
 ) -> Float[Array, "B N H"]:
     """One query a row over the slots listed for each key/value head, gathered by index; -1 lists nothing."""
+    return selected_with_weights(q, keys, values, slots)[0]
+
+
+def selected_with_weights(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    slots: Int[Array, "B K R"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K G R"]]:
+    """`selected`, and the probabilities of each query head in float32."""
     at = jnp.maximum(slots, 0)[..., None]
     near_keys = jnp.take_along_axis(keys, at, axis=2, mode="clip")
     near_values = jnp.take_along_axis(values, at, axis=2, mode="clip")
@@ -150,3 +185,33 @@ def chunk(
     _, total, out = lax.fori_loop(first, offset // width + 1, visit, carry)
     out = (out / total[..., None]).astype(q.dtype).reshape(batch, kv_heads, groups, width, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+MASS_QUERIES = 16  # at once: what `chunk_mass` needs beside its result is this many rows of logits a head
+
+
+def chunk_mass(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> Float[Array, "B K G S"]:
+    """The probability that each slot receives from C consecutive queries, the first in slot `offset`, summed over them, for
+    each query head in float32. Queries of padding give nothing."""
+    batch, width, heads, dim = q.shape
+    kv_heads, capacity = keys.shape[1:3]
+    rows = min(MASS_QUERIES, width)
+    slots = jnp.arange(capacity, dtype=jnp.int32)
+
+    def add(block: Array, total: Array) -> Array:
+        first = jnp.minimum(block * rows, width - rows)  # the last block reaches back and leaves out what is counted
+        here = _grouped(lax.dynamic_slice_in_dim(q, first, rows, axis=1), kv_heads)
+        at = first + jnp.arange(rows, dtype=jnp.int32)
+        logits = jnp.einsum("bckgh,bksh->bkgcs", here, keys, preferred_element_type=jnp.float32)
+        seen = (slots >= starts[:, None, None]) & (slots <= offset + at[:, None])
+        weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits * _scale(dim), MASKED), axis=-1)
+        counted = (at >= block * rows) & (offset + at >= starts[:, None])
+        return total + jnp.sum(jnp.where(counted[:, None, None, :, None], weights, 0), axis=3)
+
+    total = jnp.zeros((batch, kv_heads, heads // kv_heads, capacity), jnp.float32)
+    return lax.fori_loop(0, -(-width // rows), add, total)

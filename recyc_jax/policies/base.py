@@ -12,21 +12,60 @@ import abc
 import dataclasses
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Bool, Float, Int
+import flax.struct
+from jaxtyping import Array, Bool, Int
 
 from recyc_jax import cache
 from recyc_jax.attention.api import Implementation
+from recyc_jax.cache import Leaf
 
 State = Any
 
+LOOK_EVERY = 16
+"""The period of a policy that never decides: it only sets how often the loop looks whether all rows have ended."""
 
-class View(NamedTuple):
-    """One layer's full cache as a step reads it, the new token (in slot `length - 1`) included."""
 
+@dataclasses.dataclass(frozen=True)
+class Observes:
+    """What a policy asks prefill to keep of the prompt."""
+
+    windows: frozenset[int] = frozenset()  # scores under the last w prompt tokens, for each w
+    query: bool = False  # the last prompt token's query
+    mass: bool = False  # the attention that each key has received from the whole prompt
+
+    def __or__(self, other: Observes) -> Observes:
+        return Observes(self.windows | other.windows, self.query or other.query, self.mass or other.mass)
+
+
+@flax.struct.dataclass
+class Observed:
+    """What prefill has kept of one layer; empty or None where no policy asked."""
+
+    scores: dict[
+        int, Leaf
+    ]  # by window w: float32 [B, K, S], log of the probability summed over the last w queries, max
+    # over the group; meaningless at slots that hold no token
+    q: Leaf | None  # [B, N, H]: the last prompt token's query after RoPE
+    plain_q: Leaf | None  # [B, N, H]: the same before RoPE
+    mass: Leaf | None  # float32 [B, K, G, S]: probability summed over all prompt tokens, by query head
+
+
+class Step(NamedTuple):
+    """One layer in one decode step: the query, and the full cache with the new token (in slot `length - 1`)."""
+
+    q: Array  # [B, N, H], after RoPE
+    plain_q: Array  # [B, N, H], before RoPE
     keys: Array  # [B, K, S, H]
     values: Array  # [B, K, S, H]
     starts: Array  # int32 [B]
     length: Array  # int32 []
+    number: Array  # int32 []: decode steps count from 1
+    done: Array  # bool [B]: the row has ended
+
+    @property
+    def slot(self) -> Int[Array, ""]:
+        """The new token's."""
+        return self.length - 1
 
     @property
     def visible(self) -> Bool[Array, "B S"]:
@@ -38,7 +77,7 @@ class Attended(NamedTuple):
 
     out: Array  # [B, N, H]
     state: State
-    full: Array  # bool [B]: the row attended to everything
+    full: Array  # bool [B]: the row's output is attention to everything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,20 +95,18 @@ class Policy(abc.ABC):
         return False
 
     @property
-    def observes_scores(self) -> bool:
-        """Whether `start` needs the last prompt token's scores."""
-        return False
+    def observes(self) -> Observes:
+        """What `start` needs of the prompt."""
+        return Observes()
 
     @abc.abstractmethod
-    def start(self, scores: Float[Array, "B K S"] | None, visible: Bool[Array, "B S"]) -> State:
-        """The layer's state after the prompt, from the last prompt token's scores."""
+    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> State:
+        """The layer's state after the prompt."""
 
     @abc.abstractmethod
-    def attend(self, attention: Implementation, q: Float[Array, "B N H"], view: View, state: State) -> Attended:
+    def attend(self, attention: Implementation, step: Step, state: State) -> Attended:
         """A plain step."""
 
-    def decide(
-        self, attention: Implementation, q: Float[Array, "B N H"], view: View, state: State, step: Int[Array, ""]
-    ) -> Attended:
-        """A deciding step; decode steps count from 1."""
+    def decide(self, attention: Implementation, step: Step, state: State) -> Attended:
+        """A deciding step."""
         raise TypeError(f"{type(self).__name__} has no deciding steps")

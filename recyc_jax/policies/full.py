@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool
 
 from recyc_jax.attention.api import Implementation
-from recyc_jax.policies.base import Attended, Policy, View
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Policy, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +17,11 @@ class FullAttention(Policy):
 
     @property
     def period(self) -> int:
-        return 16  # nothing is ever decided: this only sets how often the loop looks whether all rows have ended
+        return LOOK_EVERY
 
-    def start(self, scores: Float[Array, "B K S"] | None, visible: Bool[Array, "B S"]) -> None:
+    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> None:
         return None
 
-    def attend(self, attention: Implementation, q: Float[Array, "B N H"], view: View, state: None) -> Attended:
-        out = attention.full(q, view.keys, view.values, view.visible)
-        return Attended(out, None, jnp.ones(q.shape[0], jnp.bool_))
+    def attend(self, attention: Implementation, step: Step, state: None) -> Attended:
+        out = attention.full(step.q, step.keys, step.values, step.visible)
+        return Attended(out, None, jnp.ones(step.q.shape[0], jnp.bool_))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal, cast
 
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
+from recyc_jax.policies.h2o import H2O
 from recyc_jax.policies.recycled import RecycledAttention
-from recyc_jax.policies.schedules import FixedStride
+from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
+from recyc_jax.policies.snapkv import SnapKV
+from recyc_jax.policies.streaming_llm import StreamingLLM
 
 
 class _Options:
@@ -36,6 +39,27 @@ class _Options:
             return int(value)
         except ValueError:
             raise ValueError(f"policy {self.text!r}: {key}={value} is not a whole number") from None
+
+    def optional_integer(self, key: str) -> int | None:
+        return self.integer(key) if key in self.values else None
+
+    def number(self, key: str) -> float:
+        value = self.values.pop(key, None)
+        if value is None:
+            raise ValueError(f"policy {self.text!r} needs {key}=...")
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"policy {self.text!r}: {key}={value} is not a number") from None
+
+    def truth(self, key: str, default: bool) -> bool:
+        value = self.values.pop(key, str(default).lower())
+        if value not in ("true", "false"):
+            raise ValueError(f"policy {self.text!r}: {key}={value} is neither true nor false")
+        return value == "true"
+
+    def text_of(self, key: str) -> str | None:
+        return self.values.pop(key, None)
 
     def lookahead(self) -> int | Literal["auto"]:
         """A number of tokens, or auto; 0 where it is not given."""
@@ -68,15 +92,43 @@ def _full(options: _Options) -> Policy:
 def _recycled(options: _Options) -> Policy:
     return RecycledAttention(
         budget=options.budget(),
-        schedule=FixedStride(options.integer("stride")),
+        schedule=_schedule(options),
         pool=options.integer("pool", 7),
         lookahead=options.lookahead(),
+        evict=options.truth("evict", True),
+        ablation=cast(Any, options.text_of("ablation")),  # checked there
     )
+
+
+def _schedule(options: _Options) -> FixedStride | QuerySimilarity:
+    if "check_every" not in options.values and "threshold" not in options.values:
+        return FixedStride(options.integer("stride"))
+    if "stride" in options.values:
+        raise ValueError(f"policy {options.text!r}: stride goes with neither check_every nor threshold")
+    return QuerySimilarity(
+        options.integer("check_every"), options.number("threshold"), rope=options.truth("rope", False)
+    )
+
+
+def _streaming_llm(options: _Options) -> Policy:
+    return StreamingLLM(options.budget(), options.integer("sinks", 4), options.optional_integer("full_stride"))
+
+
+def _h2o(options: _Options) -> Policy:
+    return H2O(options.budget(), options.optional_integer("full_stride"))
+
+
+def _snapkv(options: _Options) -> Policy:
+    integer = options.integer
+    return SnapKV(options.budget(), integer("window", 1), integer("pool", 7), integer("lookahead", 0))
 
 
 POLICIES: dict[str, Callable[[_Options], Policy]] = {
     "full": _full,
     "recycled": _recycled,
+    "snapkv": _snapkv,
+    "h2o": _h2o,
+    "streaming_llm": _streaming_llm,
 }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any, ClassVar
 
-from jaxtyping import Array, Bool, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.config import whole_number
 
@@ -18,6 +21,9 @@ class FixedStride:
 
     stride: int
 
+    by_row: ClassVar[bool] = False
+    """Whether rows of a batch may differ; such a schedule remembers a query from one full step to the next."""
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", whole_number("stride", self.stride, 1))
 
@@ -26,6 +32,63 @@ class FixedStride:
         """Steps from one decision to the next."""
         return self.stride
 
-    def is_full(self, step: Int[Array, ""]) -> Bool[Array, ""]:
-        """Whether this step is full."""
-        return step % self.stride == 0
+    def remember(self, q: Float[Array, "B N H"], plain_q: Float[Array, "B N H"]) -> Any:
+        """What `due` will want to know of a full step: here, nothing."""
+        return None
+
+    def due(
+        self, number: Int[Array, ""], q: Float[Array, "B N H"], plain_q: Float[Array, "B N H"], remembered: Any
+    ) -> Bool[Array, " B"]:
+        """Which rows take a full step at decode step `number`."""
+        return jnp.broadcast_to(number % self.stride == 0, q.shape[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class QuerySimilarity:
+    """At every `check_every`-th decode step a layer whose query is still like that of its last full step stays partial.
+
+    The paper's dynamic schedule (section 3.2; its QC stride is `check_every`). Alike: the cosine similarity of the queries,
+    each averaged over all query heads, is strictly above `threshold`. Every layer and (our decision) every row of a
+    batch decides for itself. Also ours: similarities are float32 and clipped to [-1, 1], so that `threshold=1` always
+    refreshes; a query of norm zero is like nothing; the first comparison is with the last prompt token's query; queries
+    are taken before RoPE, so that distance alone doesn't make them differ (`rope=True`: after it).
+    """
+
+    check_every: int
+    threshold: float
+    rope: bool = False
+
+    by_row: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "check_every", whole_number("check_every", self.check_every, 1))
+        try:
+            threshold = float(self.threshold)
+        except (TypeError, ValueError):
+            raise ValueError(f"threshold={self.threshold!r} must be a number") from None
+        if not (math.isfinite(threshold) and -1 <= threshold <= 1):
+            raise ValueError(f"threshold={threshold:g} must lie in -1..1: it is a cosine similarity")
+        object.__setattr__(self, "threshold", threshold)
+
+    @property
+    def period(self) -> int:
+        """Steps from one decision to the next."""
+        return self.check_every
+
+    def remember(self, q: Float[Array, "B N H"], plain_q: Float[Array, "B N H"]) -> Float[Array, "B H"]:
+        """What later queries are compared with: the mean over the heads, in float32."""
+        return jnp.mean((q if self.rope else plain_q).astype(jnp.float32), axis=1)
+
+    def due(
+        self,
+        number: Int[Array, ""],
+        q: Float[Array, "B N H"],
+        plain_q: Float[Array, "B N H"],
+        remembered: Any,  # float32 [B, H]
+    ) -> Bool[Array, " B"]:
+        """Which rows take a full step at decode step `number`."""
+        now = self.remember(q, plain_q)
+        norms = jnp.linalg.norm(now, axis=-1) * jnp.linalg.norm(remembered, axis=-1)
+        similarity = jnp.sum(now * remembered, axis=-1) / jnp.where(norms > 0, norms, 1)
+        alike = (jnp.clip(similarity, -1, 1) > self.threshold) & (norms > 0)
+        return (number % self.check_every == 0) & ~alike

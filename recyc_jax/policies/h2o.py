@@ -1,0 +1,125 @@
+"""H2O (Zhang et al., https://arxiv.org/abs/2306.14048): the tokens with the most accumulated attention, and the latest.
+
+Deviations from the publication: a group's key/value head keeps one set, by the maximum over its query heads (the
+recycled-attention paper's choice for all methods); the token that leaves does so before the new one attends,
+rather than after, so that a step reads `budget` entries and not one more; the halves are `budget // 2` heavy hitters and
+the rest recent. The full cache is kept and a subset of it is read: quality and read cost are H2O's, the memory that it
+saves is not modelled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from recyc_jax.attention.api import Implementation
+from recyc_jax.cache import Leaf
+from recyc_jax.config import whole_number
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Observes, Policy, Step
+
+
+@flax.struct.dataclass
+class Hitters:
+    """One layer's kept tokens: first the heavy ones, in no order, then a ring of recent ones by `slot % recent`."""
+
+    slots: Leaf  # int32 [B, K, R]; -1 is an empty entry
+    mass: Leaf  # float32 [B, K, G, R]: each one's probability summed over all queries so far
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O(Policy):
+    """Attention to the `budget - budget // 2` latest tokens, the new one among them, and the `budget // 2` others with the
+    highest accumulated attention.
+
+    A key's score is its softmax probability summed over all queries so far, the prompt's included, in each query head,
+    then the maximum over the group; ties stay with the earlier token. What is dropped never returns. With `full_stride`,
+    every such step (counted from 1) attends to the whole cache for its output, and adds that step's probabilities to
+    kept keys only.
+    """
+
+    budget: int
+    full_stride: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", whole_number("budget", self.budget, 2))
+        if self.full_stride is not None:
+            object.__setattr__(self, "full_stride", whole_number("full_stride", self.full_stride, 1))
+
+    @property
+    def period(self) -> int:
+        return self.full_stride or LOOK_EVERY
+
+    @property
+    def decides(self) -> bool:
+        return self.full_stride is not None
+
+    @property
+    def observes(self) -> Observes:
+        return Observes(mass=True)
+
+    def _halves(self, capacity: int) -> tuple[int, int]:
+        """Heavy and recent entries; more than the cache has slots are never needed."""
+        budget = min(self.budget, capacity + 1)
+        return budget // 2, budget - budget // 2
+
+    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> Hitters:
+        assert observed.mass is not None
+        capacity = visible.shape[1]
+        heavy, recent = self._halves(capacity)
+        at = jnp.arange(capacity, dtype=jnp.int32)
+        length = jnp.max(jnp.where(visible, at + 1, 0))
+        # the next token makes the recent ones complete, so one place less is taken now
+        is_old = visible & (at < length - (recent - 1))
+        masses = jnp.where(is_old[:, None], jnp.max(observed.mass, axis=2), -jnp.inf)
+        best, slots = lax.top_k(masses, min(heavy, capacity))
+        slots = jnp.where(best == -jnp.inf, -1, slots.astype(jnp.int32))
+        slots = jnp.pad(slots, ((0, 0), (0, 0), (0, heavy - slots.shape[2])), constant_values=-1)
+        # entry e of the ring holds the one recent slot that leaves the remainder e; `length` itself is still to come
+        entry = jnp.arange(recent, dtype=jnp.int32)
+        ring = length - 1 - (length - 1 - entry) % recent
+        seen = (ring > length - recent) & (ring >= jnp.argmax(visible, axis=1).astype(jnp.int32)[:, None])
+        ring = jnp.where(seen, ring, -1)[:, None]
+        slots = jnp.concatenate([slots, jnp.broadcast_to(ring, (*slots.shape[:2], recent))], axis=2)
+        mass = jnp.take_along_axis(observed.mass, jnp.maximum(slots, 0)[:, :, None], axis=3)
+        return Hitters(slots, jnp.where(slots[:, :, None] < 0, 0, mass))
+
+    def insert(self, kept: Hitters, slot: Int[Array, ""], capacity: int) -> Hitters:
+        """The set with the new token in it. The one that is recent no longer competes with the heavy ones."""
+        heavy, recent = self._halves(capacity)
+        entries = jnp.arange(heavy + recent, dtype=jnp.int32)
+        at = heavy + slot % recent
+        leaving = lax.dynamic_index_in_dim(kept.slots, at, axis=2)
+        leaving_mass = lax.dynamic_index_in_dim(kept.mass, at, axis=3)
+        standing = jnp.where(kept.slots < 0, -jnp.inf, jnp.max(kept.mass, axis=2))
+        standing = jnp.where(entries < heavy, standing, jnp.inf)
+        least = jnp.min(standing, axis=2, keepdims=True)
+        # among equals the latest goes
+        weakest = jnp.argmax(jnp.where(standing == least, kept.slots, -2), axis=2, keepdims=True)
+        promoted = (leaving >= 0) & (jnp.max(leaving_mass, axis=2) > least)
+        here = promoted & (entries == weakest)
+        slots = jnp.where(here, leaving, kept.slots)
+        mass = jnp.where(here[:, :, None], leaving_mass, kept.mass)
+        newest = entries == at
+        return Hitters(jnp.where(newest, slot, slots), jnp.where(newest, 0, mass))
+
+    def attend(self, attention: Implementation, step: Step, state: Hitters) -> Attended:
+        kept = self.insert(state, step.slot, step.keys.shape[2])
+        out, weights = attention.selected_with_weights(step.q, step.keys, step.values, kept.slots)
+        return Attended(out, _credited(kept, weights), jnp.zeros(step.q.shape[0], jnp.bool_))
+
+    def decide(self, attention: Implementation, step: Step, state: Hitters) -> Attended:
+        def full() -> Attended:
+            kept = self.insert(state, step.slot, step.keys.shape[2])
+            out, weights = attention.full_with_weights(step.q, step.keys, step.values, step.visible)
+            weights = jnp.take_along_axis(weights, jnp.maximum(kept.slots, 0)[:, :, None], axis=3)
+            return Attended(out, _credited(kept, weights), jnp.ones(step.q.shape[0], jnp.bool_))
+
+        return lax.cond(step.number % self.period == 0, full, lambda: self.attend(attention, step, state))
+
+
+def _credited(kept: Hitters, weights: Float[Array, "B K G R"]) -> Hitters:
+    return Hitters(kept.slots, kept.mass + jnp.where(kept.slots[:, :, None] < 0, 0, weights))
