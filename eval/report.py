@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from eval.runlog import Row, write_text
-from eval.scoring import mean_and_error
+from eval.scoring import mean_and_error, mean_of_tasks, paired
 from eval.tasks.registry import TASKS
 
 Summary = list[dict[str, Any]]
 
 
 def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
-    """A row for each length, task and policy, in this order; scores and their standard errors in percent."""
+    """A row for each length, task and policy, in this order; scores and their standard errors in percent.
+
+    `difference` is the score's from full attention's on the same samples, where `full` was run. `effective_stride` is
+    decode steps per full step, the layers' mean; None where there was no full step.
+    """
     cells: dict[tuple[int, str, str], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["length"], row["task"], row["policy"]), []).append(row)
@@ -26,6 +30,12 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
     for key in sorted(cells, key=lambda key: (key[0], order[key[1]], policies.index(key[2]))):
         (length, task, policy), cell = key, cells[key]
         mean, error = mean_and_error([row["score"] for row in cell])
+        full = {row["index"]: row["score"] for row in cells.get((length, task, "full"), [])}
+        both = [row for row in cell if row["index"] in full]
+        gap, gap_error = math.nan, math.nan
+        if both:
+            gap, gap_error = paired([row["score"] for row in both], [full[row["index"]] for row in both])
+        full_steps = sum(row["full_steps"] for row in cell)
         summary.append(
             {
                 "policy": policy,
@@ -33,12 +43,23 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
                 "length": length,
                 "score": round(mean, 2),
                 "n": len(cell),
-                "stderr": None if math.isnan(error) else round(error, 2),
+                "stderr": _number(error),
+                "difference": _number(gap),
+                "difference_stderr": _number(gap_error),
+                "effective_stride": _number(sum(row["steps"] for row in cell) / full_steps if full_steps else math.nan),
                 "nulls": sum(not row["prediction"] for row in cell),
                 "seconds": round(sum(row["seconds"] for row in cell), 2),
             }
         )
     return summary
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 2)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _ordered(summary: Summary, name: str) -> list[Any]:
@@ -62,6 +83,28 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "-"
     return f"{row['score']:.1f}" + ("" if row["stderr"] is None else f" ± {row['stderr']:.1f}")
+
+
+def _differences(summary: Summary, length: int) -> list[list[str]]:
+    """A row for each policy but full: the mean of the tasks' paired differences from full attention, its 95% interval, and
+    the effective stride."""
+    at_length = [row for row in summary if row["length"] == length]
+    body = []
+    for policy in _ordered(at_length, "policy"):
+        rows = [row for row in at_length if row["policy"] == policy]
+        if policy == "full" or any(row["difference"] is None for row in rows):
+            continue
+        gap, error = mean_of_tasks([(row["difference"], _or_nan(row["difference_stderr"])) for row in rows])
+        interval = "-" if math.isnan(error) else f"{gap - 1.96 * error:.1f} to {gap + 1.96 * error:.1f}"
+        strides = [row["effective_stride"] for row in rows if row["effective_stride"] is not None]
+        stride = f"{statistics.harmonic_mean(strides):.1f}" if len(strides) == len(rows) else "-"
+        body.append([f"`{policy}`", f"{gap:.1f}", interval, stride])
+    return body
+
+
+def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---"] + ["---:"] * (len(heading) - 1)
+    return ["| " + " | ".join(row) + " |" for row in (heading, rule, *body)]
 
 
 def print_tables(summary: Summary) -> None:
@@ -90,14 +133,24 @@ def write(
     lines = ["# RULER", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     for note in notes:
         lines += [f"> {note}", ""]
-    lines += ["Scores are percent ± standard error over samples; the mean is the plain mean of the tasks.", ""]
+    lines += [
+        "Scores are percent ± standard error over samples; the mean is the plain mean of the tasks. Differences from"
+    ]
+    lines += [
+        "full attention are paired, sample by sample. The effective stride is decode steps per full step, averaged"
+    ]
+    lines += ["over layers.", ""]
     for length in _ordered(summary, "length"):
         policies, body = _grid(summary, length)
         heading = ["task", *(f"`{policy}`" for policy in policies)]
         counts = sorted({row["n"] for row in summary if row["length"] == length})
         tasks = len(body) - 1
         lines += [f"## {length} tokens", "", f"{tasks} tasks of 13, {' or '.join(map(str, counts))} samples each.", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in [heading, ["---"] + ["---:"] * len(policies), *body]] + [""]
+        lines += [*_table(heading, body), ""]
+        differences = _differences(summary, length)
+        if differences:
+            heading = ["mean of the tasks", "difference from full", "95% interval", "effective stride"]
+            lines += [*_table(heading, differences), ""]
     lines += ["## Budgets", "", *(f"- {budget}" for budget in budgets), "", "![scores](plot.png)", ""]
     lines += ["Time spent decoding (first compilations included, prefill not), in seconds:", ""]
     for policy in _ordered(summary, "policy"):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from recyc_jax.config import LlamaConfig
     from recyc_jax.pretrained import PretrainedLM
 
+MOST_COMMON_PERIOD = 50  # decode steps that a run may add so that all policies end with a period
 DEFAULT_TASKS = "niah_single_1,niah_single_2,niah_single_3,niah_multivalue,niah_multiquery"
 
 
@@ -81,6 +83,7 @@ class Cell:
     count: int
     sample: Callable[[int], Sample]
     longest: int  # prompt, without special tokens
+    decoded: int = 0  # tokens that the run decodes, of which the task takes its `new_tokens`
 
     def check(self) -> None:
         """Meet what could fail, before weights load: the search for a size and, where space is tight, any sample."""
@@ -124,6 +127,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     tokenizer = pretrained.load_tokenizer(folder)
     prompting = _prompting(tokenizer, config.template)
     cells, sources, notes = _cells(config, tasks, lengths, prompting, model_config)
+    cells = _share_shapes(cells, config.policies)
     for note in notes:
         print(note, flush=True)
     if not cells:
@@ -140,9 +144,9 @@ def _prepare(config: Config) -> Callable[[], None]:
     usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     dtype = usual if config.dtype == "auto" else config.dtype
     log = _open_log(config, cells, {"weights": folder.name, "dtype": dtype, **sources})
-    todo = [(cell, list(_missing(config, cell, log))) for cell in cells]
-    todo = [(cell, missing) for cell, missing in todo if missing]
-    for cell, _ in track(todo, "checking samples", transient=True):
+    todo = list(_batches(config, cells, log))
+    wanted = {id(cell): cell for batch in todo for cell, _ in batch.samples}
+    for cell in track(wanted.values(), "checking samples", transient=True):
         cell.check()
     report = functools.partial(_report, config, log, {"weights": folder.name, "dtype": dtype, **sources}, notes)
     if not todo:
@@ -151,7 +155,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     lm = pretrained.PretrainedLM(params, model_config, tokenizer)
 
     def evaluate() -> None:
-        _evaluate(config, lm, todo, log)
+        _evaluate(lm, todo, log)
         report()
 
     return evaluate
@@ -259,6 +263,24 @@ def _cells(
     return cells, sources, notes
 
 
+def _share_shapes(cells: list[Cell], policies: Sequence[str]) -> list[Cell]:
+    """The cells with one prompt width and one number of decoded tokens for all tasks of a length, which so share one
+    compilation a policy. The steps are whole periods of every policy where that takes few more, since what is left over
+    is compiled apart. What a task does not take of the tokens is dropped before scoring: greedy decoding makes
+    the same ones, however many follow."""
+    from recyc_jax.policies.registry import parse_policy
+
+    shared = []
+    for cell in cells:
+        peers = [peer for peer in cells if peer.length == cell.length]
+        decoded, longest = max(peer.new_tokens for peer in peers), max(peer.longest for peer in peers)
+        common = math.lcm(*(parse_policy(policy, cell.length).period for policy in policies))
+        if common <= MOST_COMMON_PERIOD:
+            decoded = 1 + -(-(decoded - 1) // common) * common
+        shared.append(dataclasses.replace(cell, decoded=decoded, longest=longest))
+    return shared
+
+
 def _read(config: Config, task: str, length: int, prompting: Prompting, limit: int | None) -> Cell:
     from eval import samples
     from eval.tasks.registry import TASKS
@@ -323,19 +345,32 @@ def _open_log(config: Config, cells: list[Cell], sources: dict[str, str]) -> Run
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _missing(config: Config, cell: Cell, log: RunLog) -> Iterator[tuple[tuple[str, ...], list[int]]]:
-    """Batches of samples that are not in the log yet, by index, with the policies that they lack."""
-    lacking: dict[tuple[str, ...], list[int]] = {}
-    for index in range(cell.count):
-        absent = tuple(policy for policy in config.policies if (policy, cell.task, cell.length, index) not in log)
-        if absent:
-            lacking.setdefault(absent, []).append(index)
-    for policies, indices in lacking.items():
-        for at in range(0, len(indices), config.batch_size):
-            yield policies, indices[at : at + config.batch_size]
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Samples of one length, of whatever tasks, and the policies that all of them lack."""
+
+    policies: tuple[str, ...]
+    samples: list[tuple[Cell, int]]  # with their indices
+    rows: int  # of the arrays that they are decoded in: one shape for all batches of a length
 
 
-def _evaluate(config: Config, lm: PretrainedLM, todo: list[tuple[Cell, list[Any]]], log: RunLog) -> None:
+def _batches(config: Config, cells: list[Cell], log: RunLog) -> Iterator[Batch]:
+    """What is not in the log yet."""
+    for length in dict.fromkeys(cell.length for cell in cells):
+        peers = [cell for cell in cells if cell.length == length]
+        rows = min(config.batch_size, sum(cell.count for cell in peers))
+        lacking: dict[tuple[str, ...], list[tuple[Cell, int]]] = {}
+        for cell in peers:
+            for index in range(cell.count):
+                absent = tuple(name for name in config.policies if (name, cell.task, length, index) not in log)
+                if absent:
+                    lacking.setdefault(absent, []).append((cell, index))
+        for policies, samples in lacking.items():
+            for at in range(0, len(samples), rows):
+                yield Batch(policies, samples[at : at + rows], rows)
+
+
+def _evaluate(lm: PretrainedLM, todo: list[Batch], log: RunLog) -> None:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -353,72 +388,61 @@ def _evaluate(config: Config, lm: PretrainedLM, todo: list[tuple[Cell, list[Any]
         TextColumn("left:"),
         TimeRemainingColumn(elapsed_when_finished=False, compact=False),
     )
-    total = sum(len(policies) * len(indices) for _, missing in todo for policies, indices in missing)
+    total = sum(len(batch.policies) * len(batch.samples) for batch in todo)
     with Progress(*columns) as progress:
         bar = progress.add_task("evaluating", total=total)
-        for cell, missing in todo:
-            progress.update(bar, description=f"{cell.task} at {cell.length}")
-            for policies, indices in missing:
-                samples = [cell.sample(index) for index in indices]
-                for rows in _decode_batch(config, lm, cell, policies, samples):
-                    log.append(rows)
-                    progress.advance(bar, len(rows))
+        for batch in todo:
+            progress.update(bar, description=f"{batch.samples[0][0].length} tokens")
+            for rows in _decode_batch(lm, batch):
+                log.append(rows)
+                progress.advance(bar, len(rows))
 
 
-def _decode_batch(
-    config: Config, lm: PretrainedLM, cell: Cell, policies: tuple[str, ...], samples: list[Sample]
-) -> Iterator[list[Row]]:
+def _decode_batch(lm: PretrainedLM, batch: Batch) -> Iterator[list[Row]]:
     """The batch's rows under each policy in turn: prefilled once, decoded once a policy."""
     import numpy as np
 
     import recyc_jax as rj
-
-    prompts = [_ids(lm.tokenizer, sample.prompt) for sample in samples]
-    # one shape for all tasks of a length with answers of one size, so that they share their compilations
-    width = cell.longest + len(lm.tokenizer("")["input_ids"])
-    batch = min(config.batch_size, cell.count)
-    tokens, lengths = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
-    for row in range(batch):
-        ids = prompts[min(row, len(prompts) - 1)]  # the last batch is filled up with its last row: one shape again
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-    chosen = [rj.parse_policy(policy, cell.length) for policy in policies]
-    state = rj.prefill(
-        lm.params, lm.config, tokens, prompt_lengths=lengths, policies=chosen, max_new_tokens=cell.new_tokens
-    )
-    state.logits.block_until_ready()
-    for name, policy in zip(policies, chosen, strict=True):
-        began = time.perf_counter()
-        out, state = rj.decode(lm.params, lm.config, state, policy=policy)
-        made, counts = np.asarray(out.tokens), np.asarray(out.lengths)
-        seconds = (time.perf_counter() - began) / len(samples)
-        yield [
-            _row(
-                name,
-                cell,
-                sample,
-                ids,
-                lm.tokenizer.decode(made[row, : counts[row]], skip_special_tokens=True),
-                seconds,
-            )
-            for row, (sample, ids) in enumerate(zip(samples, prompts, strict=True))
-        ]
-
-
-def _row(policy: str, cell: Cell, sample: Sample, ids: list[int], text: str, seconds: float) -> Row:
     from eval import scoring
 
-    prediction = scoring.clean(text)
-    return {
-        "policy": policy,
-        "task": cell.task,
-        "length": cell.length,
-        "index": sample.index,
-        "prompt_tokens": len(ids),
-        "prediction": prediction,
-        "references": list(sample.outputs),
-        "score": scoring.score(prediction, sample.outputs, cell.metric),
-        "seconds": round(seconds, 4),
-    }
+    cells = [cell for cell, _ in batch.samples]
+    samples = [cell.sample(index) for cell, index in batch.samples]
+    prompts = [_ids(lm.tokenizer, sample.prompt) for sample in samples]
+    width = cells[0].longest + len(lm.tokenizer("")["input_ids"])
+    tokens, lengths = np.zeros((batch.rows, width), np.int32), np.zeros(batch.rows, np.int32)
+    for row in range(batch.rows):
+        ids = prompts[min(row, len(prompts) - 1)]  # the last batch is filled up with its last row: one shape again
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    chosen = [rj.parse_policy(policy, cells[0].length) for policy in batch.policies]
+    state = rj.prefill(
+        lm.params, lm.config, tokens, prompt_lengths=lengths, policies=chosen, max_new_tokens=cells[0].decoded
+    )
+    state.logits.block_until_ready()
+    for name, policy in zip(batch.policies, chosen, strict=True):
+        began = time.perf_counter()
+        out, state = rj.decode(lm.params, lm.config, state, policy=policy)
+        made, counts, full_steps = (np.asarray(field) for field in out)
+        seconds = (time.perf_counter() - began) / len(samples)
+        rows = []
+        for row, (cell, sample, ids) in enumerate(zip(cells, samples, prompts, strict=True)):
+            taken = made[row, : min(counts[row], cell.new_tokens)]
+            prediction = scoring.clean(lm.tokenizer.decode(taken, skip_special_tokens=True))
+            rows.append(
+                {
+                    "policy": name,
+                    "task": cell.task,
+                    "length": cell.length,
+                    "index": sample.index,
+                    "prompt_tokens": len(ids),
+                    "prediction": prediction,
+                    "references": list(sample.outputs),
+                    "score": scoring.score(prediction, sample.outputs, cell.metric),
+                    "steps": int(counts[row]) - 1,
+                    "full_steps": round(float(full_steps[row].mean()), 3),
+                    "seconds": round(seconds, 4),
+                }
+            )
+        yield rows
 
 
 def _ids(tokenizer: Any, prompt: str) -> list[int]:

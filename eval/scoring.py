@@ -27,3 +27,14 @@ def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
     if len(scores) < 2:
         return mean, math.nan
     return mean, 100 * statistics.stdev(scores) / math.sqrt(len(scores))
+
+
+def paired(scores: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error of the difference from a baseline on the same samples, in percent."""
+    return mean_and_error([score - base for score, base in zip(scores, baseline, strict=True)])
+
+
+def mean_of_tasks(cells: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The plain mean of several tasks' means, and its standard error, the tasks' samples being independent."""
+    means, errors = zip(*cells, strict=True)
+    return statistics.fmean(means), math.sqrt(sum(error**2 for error in errors)) / len(cells)

@@ -19,6 +19,17 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return number
 
 
+def real_number(name: str, value: Any, least: float, most: float) -> float:
+    """`value` as a float. Raises ValueError naming it where it is no number or outside `least` to `most`."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} must be a number") from None
+    if not least <= number <= most:  # a NaN is nowhere
+        raise ValueError(f"{name}={number:g} must lie in {least:g}..{most:g}")
+    return number
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """Scaling of the RoPE frequencies: `linear` (positions divided by `factor`) or `llama3` (Llama 3.1 and later)."""

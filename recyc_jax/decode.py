@@ -94,6 +94,8 @@ def decode_step(
     layer_states = tuple(zip(kv_cache.layers, state.recycled, strict=True))
     hidden, after = model.hidden_states(params, config, state.token[:, None], positions, attend, layer_states)
     layers, recycled, fulls = zip(*after, strict=True)
+    if deciding:
+        recycled = policy.settle(recycled, cache.filled(kv_cache.starts, slot + 1, kv_cache.capacity))
     fed = dataclasses.replace(
         state,
         cache=KVCache(layers, kv_cache.starts, slot + 1),
@@ -132,7 +134,7 @@ def _run(
     visible = cache.filled(kv_cache.starts, kv_cache.length, kv_cache.capacity)
     state = DecodeState(
         cache=kv_cache,
-        recycled=tuple(policy.start(observed, visible) for observed in prefilled.observed),
+        recycled=policy.start(prefilled.observed, visible),
         token=jnp.zeros(batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         done=jnp.zeros(batch, jnp.bool_),

@@ -22,7 +22,8 @@ from recyc_jax.model import Heads, Params
 from recyc_jax.policies.base import Observed, Observes, Policy
 
 PREFILL_CHUNK = 1024
-PREFILL_TOKENS = 8192  # B * chunk at most: bounds a chunk's activations whatever the batch
+PREFILL_TOKENS = 16384  # B * chunk at most: bounds a chunk's activations whatever the batch
+CHUNK_MULTIPLE = 64  # longer chunks are multiples of this: matrix units want whole tiles
 
 
 @flax.struct.dataclass
@@ -73,8 +74,7 @@ def _prefill(
 ) -> Prefilled:
     attention = api.resolve(implementation)
     batch, width = tokens.shape
-    chunks = -(-width // max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch)))
-    chunk = -(-width // chunks)
+    chunk, chunks = _chunks(batch, width)
     prompt_slots = chunks * chunk
     starts = prompt_slots - lengths
     # right-align: slot s of row b holds token s - starts[b]
@@ -126,6 +126,15 @@ def _prefill(
         return Observed(scores, *query, state.mass)
 
     return Prefilled(kv_cache, model.logits(params, config, hidden), tuple(map(observed, states)), prompt_slots)
+
+
+def _chunks(batch: int, width: int) -> tuple[int, int]:
+    """The tokens of a chunk, and the number of chunks that hold `width` tokens."""
+    chunks = -(-width // max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch)))
+    chunk = -(-width // chunks)
+    if chunk > CHUNK_MULTIPLE:
+        chunk = -(-chunk // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    return chunk, -(-width // chunk)
 
 
 @flax.struct.dataclass

@@ -221,7 +221,7 @@ class SnapKV(Method):
         super().__init__(config)
         self.budget, self.window, self.pool, self.lookahead = budget, window, pool, lookahead
         self.queries = []  # of the prompt's tokens: chances by place
-        self.ranked, self.recent = {}, {}
+        self.ranked, self.recent, self.chosen_by = {}, {}, {}
 
     def after_prompt_token(self, decoder):
         self.queries.append({(layer, head): decoder.all_chances[layer][head] for layer, head in self.places})
@@ -235,6 +235,7 @@ class SnapKV(Method):
             self._select(place, np.log(total).max(axis=0))
 
     def _select(self, place, scores):
+        self.chosen_by[place] = scores
         self.ranked[place], gap = _rank(list(scores), self.pool, self.budget, self.lookahead)
         self.recent[place] = []
         self.gap = min(self.gap, gap)
@@ -257,10 +258,11 @@ class Recycled(SnapKV):
     """Recycled Attention: SnapKV's set, chosen anew at full steps."""
 
     def __init__(self, config, budget, stride=None, check_every=None, threshold=None, rope=False, evict=True,
-                 ablation=None, pool=7, lookahead=0):  # fmt: skip
+                 ablation=None, pool=7, lookahead=0, window=1, decay=None):  # fmt: skip
         if lookahead == "auto":
             lookahead = (stride or check_every) - 1
-        super().__init__(config, budget, 1, pool, lookahead)
+        super().__init__(config, budget, window, pool, lookahead)
+        self.decay = decay
         self.stride, self.check_every, self.threshold, self.rope = stride, check_every, threshold, rope
         self.evict, self.ablation = evict, ablation
         self.remembered, self.due = {}, {}
@@ -303,7 +305,11 @@ class Recycled(SnapKV):
                 self.remembered[layer] = self._query(decoder, layer)
         for layer, head in self.places:
             if self.due[layer] and self.ablation != "no_refresh":
-                self._select((layer, head), decoder.all_chances[layer][head].max(axis=0))
+                scores = decoder.all_chances[layer][head].max(axis=0)
+                if self.decay is not None:
+                    before = self.chosen_by[layer, head]
+                    scores[: len(before)] = np.maximum(scores[: len(before)], before - self.decay)
+                self._select((layer, head), scores)
 
 
 def run(params, config, prompt, method, new_tokens):

@@ -20,6 +20,7 @@ STRINGS = (
     "full",
     "recycled:budget=5,stride=4,pool=3",
     "recycled:budget=6,stride=4,pool=1,lookahead=auto",
+    "recycled:budget=5,stride=4,pool=3,window=8,decay=1",
     "recycled:budget=5,stride=4,evict=false",
     "recycled:budget=5,stride=4,ablation=no_refresh",
     "recycled:budget=5,stride=4,ablation=no_full_attention",

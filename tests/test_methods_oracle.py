@@ -50,6 +50,10 @@ CASES = {
         (oracle.Recycled, dict(budget=5, check_every=2, threshold=0.1, rope=True, pool=3)),
     ),
     "dynamic, lookahead": recycled(6, {"check_every": 3, "threshold": 0.1}, pool=1, lookahead="auto"),
+    "remembering": recycled(5, {"stride": 4}, pool=1, decay=0.5),
+    "remembering the window": recycled(5, {"stride": 3}, pool=3, lookahead=1, window=6, decay=1.0),
+    "remembering, dynamic": recycled(5, {"check_every": 2, "threshold": 0.1}, pool=1, window=6, decay=0.2),
+    "window alone": recycled(5, {"stride": 6}, pool=3, window=6),
     "no eviction": recycled(4, {"stride": 4}, pool=3, evict=False),
     "no eviction, dynamic": recycled(4, {"check_every": 3, "threshold": 0.1}, pool=3, evict=False),
     "no refresh": recycled(5, {"stride": 4}, pool=3, ablation="no_refresh"),
@@ -131,6 +135,7 @@ def test_far_and_wide(model, data, length, budget, seed, kind):
         policy, reference = rj.SnapKV(**options), (oracle.SnapKV, options)
     else:
         options = dict(pool=some(1, 7), lookahead=some(0, 2, "auto"), evict=some(True, False))
+        options |= dict(window=some(1, 5), decay=some(None, 0.0, 1.0))
         options["ablation"] = some(None, None, "no_refresh", "no_full_attention")
         dynamic = {"check_every": some(1, 2, 5), "threshold": some(-1.0, 0.0, 0.3, 1.0)}
         fixed = {"stride": some(1, 3, 30)}

@@ -22,6 +22,9 @@ def test_strings_name_policies():
     assert rj.parse_policy(
         "recycled:budget=8,check_every=5,threshold=-1,rope=true,evict=false,ablation=no_refresh"
     ) == rj.RecycledAttention(8, rj.QuerySimilarity(5, -1.0, rope=True), evict=False, ablation="no_refresh")
+    assert rj.parse_policy("recycled:budget=8,stride=5,window=32,decay=1") == rj.RecycledAttention(
+        8, rj.FixedStride(5), window=32, decay=1.0
+    )
     assert rj.parse_policy("snapkv:budget=0.5,window=16,pool=5,lookahead=9", 100) == rj.SnapKV(50, 16, 5, 9)
     assert rj.parse_policy("h2o:budget=512") == rj.H2O(512)
     assert rj.parse_policy("h2o:budget=512,full_stride=10") == rj.H2O(512, full_stride=10)
@@ -65,6 +68,9 @@ def test_strings_name_policies():
         ("recycled:budget=8,stride=2,rope=true", "recycled has no option rope"),
         ("recycled:budget=8,stride=2,evict=no", "evict=no is neither true nor false"),
         ("recycled:budget=8,stride=2,ablation=all", "ablation='all' is unknown; there is no_refresh"),
+        ("recycled:budget=8,stride=2,decay=-1", "decay=-1 must lie in 0..inf"),
+        ("recycled:budget=8,stride=2,decay=x", "decay=x is not a number"),
+        ("recycled:budget=8,stride=2,window=0", "window=0 must be at least 1"),
         ("snapkv:budget=8,lookahead=auto", "lookahead=auto is not a whole number"),
         ("snapkv:budget=8,window=0", "window=0 must be at least 1"),
         ("snapkv:budget=8,pool=2", "pool=2 must be odd"),
@@ -76,6 +82,7 @@ def test_strings_name_policies():
         ("recycled:budget=8,stride=2,colour=red", "recycled has no option colour"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_strings_say_what_is_wrong(text, message):
     with pytest.raises(ValueError, match=message) as error:
         rj.parse_policy(text, 1000)

@@ -64,13 +64,22 @@ def test_a_whole_run(finished):
         assert "One of the special magic" not in row["prediction"] or row["score"] < 1
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary) == 3 * 2 * 3
-    assert set(summary[0]) == {"policy", "task", "length", "score", "n", "stderr", "nulls", "seconds"}
+    measured = {"score", "n", "stderr", "difference", "difference_stderr", "effective_stride", "nulls", "seconds"}
+    assert set(summary[0]) == {"policy", "task", "length", *measured}
     assert all(row["n"] == 3 for row in summary)
+    for row in summary:
+        if row["policy"] == "full":
+            assert (row["difference"], row["difference_stderr"]) == (0, 0)
+        if row["policy"] == "recycled:budget=0.125,stride=5":
+            steps = sum(r["steps"] for r in found if r["policy"] == row["policy"] and r["task"] == row["task"])
+            assert steps > 5
+            assert row["effective_stride"] >= 5
     report = (out / "report.md").read_text()
     assert "| task | `full` | `recycled:budget=0.125,stride=5` | `recycled:budget=4000,stride=50` |" in report
     assert "`recycled:budget=0.125,stride=5` at 2000: 250 entries a partial step, 0.125 of the length" in report
     assert "- dtype: float32" in report
     assert "3 tasks of 13, 3 samples each" in report
+    assert "| `recycled:budget=4000,stride=50` | 0.0 | 0.0 to 0.0 | " in report
     assert all(f"| {name} | " in report for name in (*TASKS.split(","), "mean"))
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "RULER at 2100 tokens" in done.stdout

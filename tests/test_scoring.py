@@ -35,11 +35,46 @@ def test_mean_and_error():
     assert math.isnan(scoring.mean_and_error([1.0])[1])
 
 
+def test_paired():
+    gap, error = scoring.paired([1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0])
+    assert gap == pytest.approx(-12.5)
+    assert error == pytest.approx(12.5)  # of the differences, not of the two means
+    assert scoring.mean_of_tasks([(50.0, 3.0), (70.0, 4.0)]) == (60.0, 2.5)
+
+
 def test_summary():
     rows = [
-        dict(policy=policy, task="vt", length=8, index=index, prediction=text, score=score, seconds=0.5)
-        for policy, index, text, score in (("full", 0, "a", 1.0), ("full", 1, "", 0.5), ("other", 0, "b", 0.0))
+        dict(
+            policy=policy,
+            task="vt",
+            length=8,
+            index=index,
+            prediction=text,
+            score=score,
+            seconds=0.5,
+            steps=9,
+            full_steps=full,
+        )
+        for policy, index, text, score, full in (
+            ("full", 0, "a", 1.0, 9.0),
+            ("full", 1, "", 0.5, 9.0),
+            ("other", 0, "b", 0.0, 1.5),
+        )
     ]
     second, first = report.summarise(rows[::-1], ["other", "full"])  # in the policies' order, whatever the rows'
-    assert first == dict(policy="full", task="vt", length=8, score=75.0, n=2, stderr=25.0, nulls=1, seconds=1.0)
+    assert first == dict(
+        policy="full",
+        task="vt",
+        length=8,
+        score=75.0,
+        n=2,
+        stderr=25.0,
+        difference=0.0,
+        difference_stderr=0.0,
+        effective_stride=1.0,
+        nulls=1,
+        seconds=1.0,
+    )
     assert second["stderr"] is None
+    assert second["difference"] == -100.0  # from the sample that both have
+    assert second["effective_stride"] == 6.0

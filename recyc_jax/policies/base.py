@@ -3,13 +3,15 @@
 A policy is a frozen dataclass of pure functions over an explicit per-layer state, as an optax transform is. Steps come
 in periods: `period - 1` plain steps, then a *deciding* step (if the policy `decides`). The loop appends
 the new token's key and value to the full cache, then calls `attend` or `decide` with a read-only view of it; neither
-returns the cache, so no `lax.cond` in a policy can copy it.
+returns the cache, so no `lax.cond` in a policy can copy it. Nobody needs what a deciding step chooses before the next
+step, so choosing is left to `settle`, once for all layers.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -21,7 +23,7 @@ from recyc_jax.cache import Leaf
 
 State = Any
 
-LOOK_EVERY = 16
+LOOK_EVERY = 10
 """The period of a policy that never decides: it only sets how often the loop looks whether all rows have ended."""
 
 
@@ -100,13 +102,17 @@ class Policy(abc.ABC):
         return Observes()
 
     @abc.abstractmethod
-    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> State:
-        """The layer's state after the prompt."""
+    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[State, ...]:
+        """Each layer's state after the prompt."""
 
     @abc.abstractmethod
     def attend(self, attention: Implementation, step: Step, state: State) -> Attended:
         """A plain step."""
 
     def decide(self, attention: Implementation, step: Step, state: State) -> Attended:
-        """A deciding step."""
+        """A deciding step. The state that it leaves goes through `settle`."""
         raise TypeError(f"{type(self).__name__} has no deciding steps")
+
+    def settle(self, states: tuple[State, ...], visible: Bool[Array, "B S"]) -> tuple[State, ...]:
+        """Each layer's state after a deciding step, from what `decide` left in each."""
+        return states

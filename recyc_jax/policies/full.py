@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -19,8 +20,8 @@ class FullAttention(Policy):
     def period(self) -> int:
         return LOOK_EVERY
 
-    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> None:
-        return None
+    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[None, ...]:
+        return (None,) * len(observed)
 
     def attend(self, attention: Implementation, step: Step, state: None) -> Attended:
         out = attention.full(step.q, step.keys, step.values, step.visible)

@@ -10,6 +10,8 @@ saves is not modelled.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import cast
 
 import flax.struct
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
 from recyc_jax.config import whole_number
 from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Observes, Policy, Step
+from recyc_jax.policies.recycled_set import best_slots
 
 
 @flax.struct.dataclass
@@ -66,26 +69,28 @@ class H2O(Policy):
         budget = min(self.budget, capacity + 1)
         return budget // 2, budget - budget // 2
 
-    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> Hitters:
-        assert observed.mass is not None
+    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[Hitters, ...]:
         capacity = visible.shape[1]
         heavy, recent = self._halves(capacity)
         at = jnp.arange(capacity, dtype=jnp.int32)
         length = jnp.max(jnp.where(visible, at + 1, 0))
         # the next token makes the recent ones complete, so one place less is taken now
         is_old = visible & (at < length - (recent - 1))
-        masses = jnp.where(is_old[:, None], jnp.max(observed.mass, axis=2), -jnp.inf)
-        best, slots = lax.top_k(masses, min(heavy, capacity))
-        slots = jnp.where(best == -jnp.inf, -1, slots.astype(jnp.int32))
-        slots = jnp.pad(slots, ((0, 0), (0, 0), (0, heavy - slots.shape[2])), constant_values=-1)
         # entry e of the ring holds the one recent slot that leaves the remainder e; `length` itself is still to come
         entry = jnp.arange(recent, dtype=jnp.int32)
         ring = length - 1 - (length - 1 - entry) % recent
         seen = (ring > length - recent) & (ring >= jnp.argmax(visible, axis=1).astype(jnp.int32)[:, None])
         ring = jnp.where(seen, ring, -1)[:, None]
-        slots = jnp.concatenate([slots, jnp.broadcast_to(ring, (*slots.shape[:2], recent))], axis=2)
-        mass = jnp.take_along_axis(observed.mass, jnp.maximum(slots, 0)[:, :, None], axis=3)
-        return Hitters(slots, jnp.where(slots[:, :, None] < 0, 0, mass))
+
+        masses = [cast(Array, layer.mass) for layer in observed]
+        standing = [jnp.where(is_old[:, None], jnp.max(mass, axis=2), -jnp.inf) for mass in masses]
+        states = []
+        for mass, slots in zip(masses, best_slots(standing, heavy), strict=True):
+            slots = jnp.pad(slots, ((0, 0), (0, 0), (0, heavy - slots.shape[2])), constant_values=-1)
+            slots = jnp.concatenate([slots, jnp.broadcast_to(ring, (*slots.shape[:2], recent))], axis=2)
+            kept = jnp.take_along_axis(mass, jnp.maximum(slots, 0)[:, :, None], axis=3)
+            states.append(Hitters(slots, jnp.where(slots[:, :, None] < 0, 0, kept)))
+        return tuple(states)
 
     def insert(self, kept: Hitters, slot: Int[Array, ""], capacity: int) -> Hitters:
         """The set with the new token in it. The one that is recent no longer competes with the heavy ones."""

@@ -8,7 +8,9 @@ the full cache, so a token that was not recycled can come back at the next full 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import flax.struct
 import jax
@@ -18,7 +20,7 @@ from jaxtyping import Array, Bool, Float
 
 from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
-from recyc_jax.config import whole_number
+from recyc_jax.config import real_number, whole_number
 from recyc_jax.policies.base import Attended, Observed, Observes, Policy, Step
 from recyc_jax.policies.recycled_set import Recycled, Unevicted, ranked_slots
 from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
@@ -32,6 +34,17 @@ class RecycledState:
 
     kept: Recycled | Unevicted
     query: Leaf | None  # float32 [B, H]: what the schedule remembers of the last full step
+    scores: Leaf | None  # float32 [B, K, S]: what the set was chosen by; None where nothing is remembered
+
+
+@flax.struct.dataclass
+class Unsettled:
+    """What a deciding step leaves of one layer: the state that a partial step would, and what a full one has seen."""
+
+    partial: RecycledState
+    query: Leaf | None
+    scores: Leaf  # float32 [B, K, S]: the full step's; zeros where no row took one
+    renew: Leaf  # bool [B]: the row's set is to be chosen anew from them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +60,11 @@ class RecycledAttention(Policy):
     attended one are kept too: text that is copied token by token moves on by one each step, and a centred window of 7
     covers only the next three. `"auto"` covers the steps until the next decision, `schedule.period - 1`.
 
+    `decay` and `window` (ours; None and 1 are the paper's rule) remember: at a refresh a token's score is the maximum of
+    the full step's and of what it was chosen by before, less `decay` nats. What mattered a while ago, such as the next item of
+    a list that is being answered, stays within reach, while tokens that never mattered make room. The prompt's scores
+    are those of its last `window` tokens (the log of the probability summed over them), as in `SnapKV`.
+
     `evict=False`: a partial step reads `budget` ranked tokens and every token since the refresh, the form that the paper
     trains with (section 5). Under `QuerySimilarity` nothing bounds their number, and a partial step gathers over the whole
     cache: exact, not fast.
@@ -61,6 +79,8 @@ class RecycledAttention(Policy):
     lookahead: int | Literal["auto"] = 0
     evict: bool = True
     ablation: Literal["no_refresh", "no_full_attention"] | None = None
+    window: int = 1
+    decay: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", whole_number("budget", self.budget, 1))
@@ -71,6 +91,9 @@ class RecycledAttention(Policy):
             object.__setattr__(self, "lookahead", whole_number("lookahead", self.lookahead, 0))
         if not isinstance(self.schedule, FixedStride | QuerySimilarity):
             raise ValueError(f"schedule={self.schedule!r} must be a schedule, such as FixedStride(10)")
+        object.__setattr__(self, "window", whole_number("window", self.window, 1))
+        if self.decay is not None:
+            object.__setattr__(self, "decay", real_number("decay", self.decay, 0.0, math.inf))
         if self.ablation not in (None, *ABLATIONS):
             raise ValueError(f"ablation={self.ablation!r} is unknown; there is {', '.join(ABLATIONS)}")
 
@@ -84,30 +107,35 @@ class RecycledAttention(Policy):
 
     @property
     def observes(self) -> Observes:
-        return Observes(windows=frozenset({1}), query=self.schedule.by_row)
+        return Observes(windows=frozenset({self.window}), query=self.schedule.by_row)
 
-    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> RecycledState:
-        query = None
-        if self.schedule.by_row:
-            assert observed.q is not None
-            assert observed.plain_q is not None
-            query = self.schedule.remember(observed.q, observed.plain_q)
-        return RecycledState(self.select(observed.scores[1], visible), query)
+    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[RecycledState, ...]:
+        scores = [layer.scores[self.window] for layer in observed]
+        states = []
+        for kept, layer in zip(self._choose(scores, visible), observed, strict=True):
+            query = None
+            if self.schedule.by_row:
+                query = self.schedule.remember(cast(Array, layer.q), cast(Array, layer.plain_q))
+            remembered = None if self.decay is None else layer.scores[self.window]
+            states.append(RecycledState(kept, query, remembered))
+        return tuple(states)
 
-    def select(self, scores: Float[Array, "B K S"], visible: Bool[Array, "B S"]) -> Recycled | Unevicted:
-        """The set that a full step with these scores leaves."""
+    def _choose(
+        self, scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"]
+    ) -> list[Recycled] | list[Unevicted]:
+        """The set that a full step with these scores leaves, a layer each."""
         lookahead = self.period - 1 if self.lookahead == "auto" else self.lookahead
         slots = ranked_slots(scores, visible, self.budget, self.pool, lookahead)
         if self.evict:
-            return Recycled.of(slots)
+            return [Recycled.of(layer_slots) for layer_slots in slots]
         length = jnp.max(jnp.where(visible, jnp.arange(1, visible.shape[1] + 1, dtype=jnp.int32), 0))
-        return Unevicted.of(slots, length)
+        return [Unevicted.of(layer_slots, length) for layer_slots in slots]
 
     def attend(self, attention: Implementation, step: Step, state: RecycledState) -> Attended:
         """A partial step: the new token enters the set before attending."""
         kept = state.kept.insert(step.slot)
         out = attention.selected(step.q, step.keys, step.values, kept.read(step.length, self._newest(step)))
-        return Attended(out, RecycledState(kept, state.query), jnp.zeros(step.q.shape[0], jnp.bool_))
+        return Attended(out, dataclasses.replace(state, kept=kept), jnp.zeros(step.q.shape[0], jnp.bool_))
 
     def _newest(self, step: Step) -> int:
         """The most tokens that a partial step can find since the refresh, its own among them."""
@@ -116,31 +144,56 @@ class RecycledAttention(Policy):
             return capacity
         return min(self.period - (self.ablation is None), capacity)
 
-    def refresh(self, attention: Implementation, step: Step, state: RecycledState) -> Attended:
-        """A full step: attend to everything and rebuild the set from this step's scores."""
-        out, scores = attention.full_with_scores(step.q, step.keys, step.values, step.visible)
-        kept, full = self.select(scores, step.visible), jnp.ones(step.q.shape[0], jnp.bool_)
-        if self.ablation == "no_refresh":
-            kept = state.kept.insert(step.slot)
-        if self.ablation == "no_full_attention":
-            out, _, full = self.attend(attention, step, state)
-        return Attended(out, RecycledState(kept, self.schedule.remember(step.q, step.plain_q)), full)
-
     def decide(self, attention: Implementation, step: Step, state: RecycledState) -> Attended:
         due = self.schedule.due(step.number, step.q, step.plain_q, state.query) & ~step.done
 
         def full() -> Attended:
-            refreshed = self.refresh(attention, step, state)
-            if not self.schedule.by_row:
-                return refreshed
-            # a row that doesn't ask keeps what it would have alone, whatever its neighbours do
-            return _by_row(due, refreshed, self.attend(attention, step, state))
+            """Attend to everything, and keep the scores by which `settle` rebuilds the set."""
+            out, scores = attention.full_with_scores(step.q, step.keys, step.values, step.visible)
+            query, is_full = self.schedule.remember(step.q, step.plain_q), due
+            if self.ablation == "no_full_attention" or self.schedule.by_row:
+                # a row that isn't due keeps what it would have alone, whatever its neighbours do
+                is_full = due & (self.ablation != "no_full_attention")
+                out = jnp.where(is_full[:, None, None], out, self.attend(attention, step, state).out)
+            if query is not None:
+                query = jnp.where(due[:, None], query, cast(Array, state.query))
+            renew = due & (self.ablation != "no_refresh")
+            inserted = dataclasses.replace(state, kept=state.kept.insert(step.slot))
+            return Attended(out, Unsettled(inserted, query, scores, renew), is_full)
 
-        return lax.cond(jnp.any(due), full, lambda: self.attend(attention, step, state))
+        def partial() -> Attended:
+            out, after, nobody = self.attend(attention, step, state)
+            nothing = jnp.zeros(step.keys.shape[:3], jnp.float32)
+            return Attended(out, Unsettled(after, after.query, nothing, nobody), nobody)
+
+        return lax.cond(jnp.any(due), full, partial)
+
+    def settle(self, states: tuple[Unsettled, ...], visible: Bool[Array, "B S"]) -> tuple[RecycledState, ...]:
+        """The refresh: the sets of the layers and rows that took a full step, chosen from its scores."""
+
+        def renewed() -> tuple[RecycledState, ...]:
+            scores = [self._remembering(state) for state in states]
+            made = []
+            for kept, state, layer_scores in zip(self._choose(scores, visible), states, scores, strict=True):
+                remembered = None if self.decay is None else layer_scores
+                fresh = RecycledState(kept, state.query, remembered)
+                made.append(_by_row(state.renew, fresh, dataclasses.replace(state.partial, query=state.query)))
+            return tuple(made)
+
+        def as_they_are() -> tuple[RecycledState, ...]:
+            return tuple(dataclasses.replace(state.partial, query=state.query) for state in states)
+
+        return lax.cond(jnp.any(jnp.stack([state.renew for state in states])), renewed, as_they_are)
+
+    def _remembering(self, state: Unsettled) -> Float[Array, "B K S"]:
+        """The scores that a set is chosen by."""
+        if self.decay is None:
+            return state.scores
+        return jnp.maximum(state.scores, cast(Array, state.partial.scores) - self.decay)
 
 
-def _by_row(choose: Bool[Array, " B"], one: Attended, other: Attended) -> Attended:
-    """Row by row `one` where `choose`, else `other`."""
+def _by_row(choose: Bool[Array, " B"], one: Any, other: Any) -> Any:
+    """Row by row `one` where `choose`, else `other`; trees of arrays [B, ...]."""
 
     def pick(a: Array, b: Array) -> Array:
         return jnp.where(choose.reshape(-1, *[1] * (a.ndim - 1)), a, b)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -11,11 +13,17 @@ from recyc_jax.cache import Leaf
 
 
 def ranked_slots(
-    scores: Float[Array, "B K S"], visible: Bool[Array, "B S"], budget: int, pool: int, lookahead: int
-) -> Int[Array, "B K R"]:
-    """The R = min(budget, S) best slots by pooled score, best first, ties to the earlier; -1 beyond the tokens there
-    are."""
-    return select.top_slots(select.pool(scores, visible, pool, lookahead), budget)
+    scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"], budget: int, pool: int, lookahead: int
+) -> list[Int[Array, "B K R"]]:
+    """For each layer the R = min(budget, S) best slots by pooled score, best first, ties to the earlier; -1 beyond the
+    tokens there are. All layers in one sort, which is what takes long to compile and to start."""
+    return best_slots([select.pool(layer_scores, visible, pool, lookahead) for layer_scores in scores], budget)
+
+
+def best_slots(scores: Sequence[Float[Array, "B K S"]], count: int) -> list[Int[Array, "B K R"]]:
+    """`select.top_slots` of each layer, in one sort."""
+    together = select.top_slots(jnp.concatenate(scores, axis=0), count)
+    return jnp.split(together, len(scores), axis=0)
 
 
 @flax.struct.dataclass

@@ -43,6 +43,9 @@ class _Options:
     def optional_integer(self, key: str) -> int | None:
         return self.integer(key) if key in self.values else None
 
+    def optional_number(self, key: str) -> float | None:
+        return self.number(key) if key in self.values else None
+
     def number(self, key: str) -> float:
         value = self.values.pop(key, None)
         if value is None:
@@ -97,6 +100,8 @@ def _recycled(options: _Options) -> Policy:
         lookahead=options.lookahead(),
         evict=options.truth("evict", True),
         ablation=cast(Any, options.text_of("ablation")),  # checked there
+        window=options.integer("window", 1),
+        decay=options.optional_number("decay"),
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recyc_jax.config import whole_number
+from recyc_jax.config import real_number, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +61,7 @@ class QuerySimilarity:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "check_every", whole_number("check_every", self.check_every, 1))
-        try:
-            threshold = float(self.threshold)
-        except (TypeError, ValueError):
-            raise ValueError(f"threshold={self.threshold!r} must be a number") from None
-        if not (math.isfinite(threshold) and -1 <= threshold <= 1):
-            raise ValueError(f"threshold={threshold:g} must lie in -1..1: it is a cosine similarity")
-        object.__setattr__(self, "threshold", threshold)
+        object.__setattr__(self, "threshold", real_number("threshold", self.threshold, -1.0, 1.0))
 
     @property
     def period(self) -> int:

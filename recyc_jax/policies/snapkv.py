@@ -10,6 +10,7 @@ memory that it saves is not modelled.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
@@ -48,9 +49,9 @@ class SnapKV(Policy):
     def observes(self) -> Observes:
         return Observes(windows=frozenset({self.window}))
 
-    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> Recycled:
-        scores = observed.scores[self.window]
-        return Recycled.of(ranked_slots(scores, visible, self.budget, self.pool, self.lookahead))
+    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[Recycled, ...]:
+        scores = [layer.scores[self.window] for layer in observed]
+        return tuple(map(Recycled.of, ranked_slots(scores, visible, self.budget, self.pool, self.lookahead)))
 
     def attend(self, attention: Implementation, step: Step, state: Recycled) -> Attended:
         state = state.insert(step.slot)

@@ -8,6 +8,7 @@ read cost are StreamingLLM's, the memory that it saves is not modelled.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
@@ -46,8 +47,8 @@ class StreamingLLM(Policy):
     def decides(self) -> bool:
         return self.full_stride is not None
 
-    def start(self, observed: Observed, visible: Bool[Array, "B S"]) -> None:
-        return None
+    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[None, ...]:
+        return (None,) * len(observed)
 
     def slots(self, starts: Int[Array, " B"], length: Int[Array, ""], capacity: int) -> Int[Array, "B R"]:
         """What a step reads; -1 where a row is shorter."""

@@ -1,0 +1,101 @@
+"""Selection rules that were tried beside look-ahead: `python -m eval.ideas`, which is `eval.ruler` with more policies.
+
+Each costs a decode step what `RecycledAttention` costs. What they score is in docs/results/quality.md; those that won are
+fields of the policies, those here did not. Their strings start with `idea_`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+
+from recyc_jax.attention.api import Implementation
+from recyc_jax.policies import registry
+from recyc_jax.policies.base import Attended, Step
+from recyc_jax.policies.recycled import RecycledAttention
+from recyc_jax.policies.recycled_set import Recycled, ranked_slots
+from recyc_jax.policies.schedules import FixedStride
+
+
+@dataclasses.dataclass(frozen=True)
+class EarlyStride(FixedStride):
+    """Full steps at 1, 2, 4 and 8, then at every `stride`-th."""
+
+    @property
+    def period(self) -> int:
+        return 1
+
+    def due(self, number: Any, q: Any, plain_q: Any, remembered: Any) -> Any:
+        early = (number == 1) | (number == 2) | (number == 4) | (number == 8)
+        return jnp.broadcast_to(early | (number % self.stride == 0), q.shape[:1])
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerBudgets(RecycledAttention):
+    """Budgets that fall (or, with `slope` below 0, rise) linearly from layer to layer; the mean is `budget`."""
+
+    slope: float = 0.5
+
+    def _choose(self, scores: Any, visible: Any) -> Any:
+        layers = len(scores)
+        budgets = [
+            max(1, round(self.budget * (1 + self.slope * (1 - 2 * layer / max(1, layers - 1)))))
+            for layer in range(layers)
+        ]
+        slots = ranked_slots(scores, visible, max(budgets), self.pool, self._ahead)
+        return [Recycled.of(some[..., :budget]) for some, budget in zip(slots, budgets, strict=True)]
+
+    @property
+    def _ahead(self) -> int:
+        return self.period - 1 if self.lookahead == "auto" else self.lookahead
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupMean(RecycledAttention):
+    """Probabilities averaged over a group's query heads instead of their maximum, at full steps."""
+
+    def decide(self, attention: Implementation, step: Step, state: Any) -> Attended:
+        return super().decide(_Mean(attention), step, state)
+
+
+class _Mean:
+    def __init__(self, attention: Any) -> None:
+        self.full, self.selected = attention.full, attention.selected
+        self._weights = attention.full_with_weights
+
+    def full_with_scores(self, *arrays: Any) -> Any:
+        out, weights = self._weights(*arrays)
+        return out, jnp.log(jnp.maximum(jnp.mean(weights, axis=2), 1e-37))
+
+
+def _from_options(kind: type[RecycledAttention], **extra: Any) -> Any:
+    def make(options: Any) -> RecycledAttention:
+        own = {name: read(options.values.pop(name)) for name, read in extra.items() if name in options.values}
+        schedule = registry._schedule(options)
+        if own.pop("early", False):
+            schedule = EarlyStride(schedule.period)
+        return kind(options.budget(), schedule, options.integer("pool", 7), options.lookahead(), **own)
+
+    return make
+
+
+IDEAS = {
+    "idea_early": _from_options(RecycledAttention, early=bool),
+    "idea_layers": _from_options(LayerBudgets, slope=float),
+    "idea_mean": _from_options(GroupMean),
+}
+
+
+def main(args: list[str] | None = None) -> int:
+    """`eval.ruler` with these policies known too."""
+    from eval import ruler
+
+    registry.POLICIES.update(IDEAS)
+    return ruler.main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
