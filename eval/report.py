@@ -26,7 +26,7 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
     for row in rows:
         cells.setdefault((row["length"], row["task"], row["policy"]), []).append(row)
     summary = []
-    order = {task: number for number, task in enumerate(TASKS)}
+    order = {task: place for place, task in enumerate(TASKS)}
     for key in sorted(cells, key=lambda key: (key[0], order[key[1]], policies.index(key[2]))):
         (length, task, policy), cell = key, cells[key]
         mean, error = mean_and_error([row["score"] for row in cell])
@@ -43,10 +43,10 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
                 "length": length,
                 "score": round(mean, 2),
                 "n": len(cell),
-                "stderr": _number(error),
-                "difference": _number(gap),
-                "difference_stderr": _number(gap_error),
-                "effective_stride": _number(sum(row["steps"] for row in cell) / full_steps if full_steps else math.nan),
+                "stderr": number(error),
+                "difference": number(gap),
+                "difference_stderr": number(gap_error),
+                "effective_stride": number(sum(row["steps"] for row in cell) / full_steps if full_steps else math.nan),
                 "nulls": sum(not row["prediction"] for row in cell),
                 "seconds": round(sum(row["seconds"] for row in cell), 2),
             }
@@ -54,22 +54,24 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
     return summary
 
 
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 2)
+def number(value: float, digits: int = 2) -> float | None:
+    """Rounded; None for what could not be computed, as JSON has no nan."""
+    return None if math.isnan(value) else round(value, digits)
 
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _ordered(summary: Summary, name: str) -> list[Any]:
+def ordered(summary: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """The distinct values of a field, in order of appearance."""
     return list(dict.fromkeys(row[name] for row in summary))
 
 
 def _grid(summary: Summary, length: int) -> tuple[list[str], list[list[str]]]:
     """One length's policies, and its table's rows: a task a row, a policy a column, the plain mean of the tasks last."""
     at_length = [row for row in summary if row["length"] == length]
-    tasks, policies = _ordered(at_length, "task"), _ordered(at_length, "policy")
+    tasks, policies = ordered(at_length, "task"), ordered(at_length, "policy")
     cells = {(row["task"], row["policy"]): row for row in at_length}
     body = [[task, *(_cell(cells.get((task, policy))) for policy in policies)] for task in tasks]
     means = ["mean"]
@@ -90,7 +92,7 @@ def _differences(summary: Summary, length: int) -> list[list[str]]:
     the effective stride."""
     at_length = [row for row in summary if row["length"] == length]
     body = []
-    for policy in _ordered(at_length, "policy"):
+    for policy in ordered(at_length, "policy"):
         rows = [row for row in at_length if row["policy"] == policy]
         if policy == "full" or any(row["difference"] is None for row in rows):
             continue
@@ -102,7 +104,8 @@ def _differences(summary: Summary, length: int) -> list[list[str]]:
     return body
 
 
-def _table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(heading: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table, its first column to the left."""
     rule = ["---"] + ["---:"] * (len(heading) - 1)
     return ["| " + " | ".join(row) + " |" for row in (heading, rule, *body)]
 
@@ -113,7 +116,7 @@ def print_tables(summary: Summary) -> None:
     from rich.table import Table
 
     console = Console()
-    for length in _ordered(summary, "length"):
+    for length in ordered(summary, "length"):
         policies, body = _grid(summary, length)
         table = Table(title=f"RULER at {length} tokens: score ± standard error, percent")
         table.add_column("task", no_wrap=True)
@@ -140,20 +143,20 @@ def write(
         "full attention are paired, sample by sample. The effective stride is decode steps per full step, averaged"
     ]
     lines += ["over layers.", ""]
-    for length in _ordered(summary, "length"):
+    for length in ordered(summary, "length"):
         policies, body = _grid(summary, length)
         heading = ["task", *(f"`{policy}`" for policy in policies)]
         counts = sorted({row["n"] for row in summary if row["length"] == length})
         tasks = len(body) - 1
         lines += [f"## {length} tokens", "", f"{tasks} tasks of 13, {' or '.join(map(str, counts))} samples each.", ""]
-        lines += [*_table(heading, body), ""]
+        lines += [*markdown_table(heading, body), ""]
         differences = _differences(summary, length)
         if differences:
             heading = ["mean of the tasks", "difference from full", "95% interval", "effective stride"]
-            lines += [*_table(heading, differences), ""]
+            lines += [*markdown_table(heading, differences), ""]
     lines += ["## Budgets", "", *(f"- {budget}" for budget in budgets), "", "![scores](plot.png)", ""]
     lines += ["Time spent decoding (first compilations included, prefill not), in seconds:", ""]
-    for policy in _ordered(summary, "policy"):
+    for policy in ordered(summary, "policy"):
         lines.append(f"- `{policy}`: {sum(row['seconds'] for row in summary if row['policy'] == policy):.0f}")
     report = folder / "report.md"
     write_text(report, "\n".join(lines) + "\n")
@@ -164,7 +167,7 @@ def _plot(path: Path, summary: Summary) -> None:
     """Mean score against length, a line a policy; with a single length, bars by task."""
     from matplotlib.figure import Figure
 
-    lengths, policies, tasks = (_ordered(summary, name) for name in ("length", "policy", "task"))
+    lengths, policies, tasks = (ordered(summary, name) for name in ("length", "policy", "task"))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     cells = {(row["policy"], row["task"], row["length"]): row for row in summary}
@@ -182,10 +185,10 @@ def _plot(path: Path, summary: Summary) -> None:
         axes.set_ylabel(f"mean score of {len(tasks)} tasks, percent")
     else:
         width = 0.8 / len(policies)
-        for number, policy in enumerate(policies):
+        for place, policy in enumerate(policies):
             found = [cells.get((policy, task, lengths[0])) for task in tasks]
             axes.bar(
-                [at + number * width for at in range(len(tasks))],
+                [at + place * width for at in range(len(tasks))],
                 [cell["score"] if cell else 0 for cell in found],
                 width,
                 yerr=[cell["stderr"] or 0 if cell else 0 for cell in found],

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from eval import command
 from eval.backend import Backend
 
 if TYPE_CHECKING:
@@ -118,12 +118,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     backend.select(config.backend)
     folder = pretrained.resolve(config.model)
     model_config = pretrained.read_config(folder)
-    for length in lengths:
-        if length > model_config.max_position_embeddings and not config.allow_beyond_context:
-            raise ValueError(
-                f"--lengths {length} exceeds the model's context of {model_config.max_position_embeddings} tokens; pass "
-                "--allow-beyond-context to run it all the same"
-            )
+    command.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
     tokenizer = pretrained.load_tokenizer(folder)
     prompting = _prompting(tokenizer, config.template)
     cells, sources, notes = _cells(config, tasks, lengths, prompting, model_config)
@@ -138,11 +133,9 @@ def _prepare(config: Config) -> Callable[[], None]:
         _dump(config.dump_samples, cells, prompting)
         return lambda: None
 
-    import jax
     import jax.numpy as jnp
 
-    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = usual if config.dtype == "auto" else config.dtype
+    dtype = command.dtype_name(config.dtype)
     log = _open_log(config, cells, {"weights": folder.name, "dtype": dtype, **sources})
     todo = list(_batches(config, cells, log))
     wanted = {id(cell): cell for batch in todo for cell, _ in batch.samples}
@@ -167,27 +160,14 @@ def _prepare(config: Config) -> Callable[[], None]:
 def _check(config: Config) -> tuple[list[str], list[int]]:
     """The tasks and lengths asked for. Raises ValueError, naming the flag, for what can be told without a model."""
     from eval.tasks.registry import TASKS
-    from recyc_jax.policies.registry import parse_policy
 
-    tasks = list(TASKS) if config.tasks == "all" else _split("--tasks", config.tasks)
+    tasks = list(TASKS) if config.tasks == "all" else command.split("--tasks", config.tasks)
     for task in tasks:
         if task not in TASKS:
             raise ValueError(f"--tasks: {task!r} is unknown; there is {', '.join(TASKS)} (or all)")
-    lengths = []
-    for text in _split("--lengths", config.lengths):
-        if not text.isdecimal() or int(text) < 1:
-            raise ValueError(f"--lengths: {text!r} is not a positive whole number")
-        lengths.append(int(text))
-    for flag, value in (("--samples", config.samples), ("--batch-size", config.batch_size)):
-        if value < 1:
-            raise ValueError(f"{flag} {value} must be at least 1")
-    if not config.policies:
-        raise ValueError("--policies: name at least one policy")
-    for policy in config.policies:
-        for length in lengths:
-            parse_policy(policy, length)
-    if len(set(config.policies)) < len(config.policies):
-        raise ValueError("--policies names a policy twice")
+    lengths = command.lengths(config.lengths)
+    command.check_counts(samples=config.samples, batch_size=config.batch_size)
+    command.check_policies(config.policies, lengths)
     if config.data is not None and (config.dump_samples is not None or config.template != "base"):
         raise ValueError("--data brings samples as they are: it goes neither with --dump-samples nor with --template")
     if config.data is not None and (config.essays or config.qa_squad or config.qa_hotpot):
@@ -197,13 +177,6 @@ def _check(config: Config) -> tuple[list[str], list[int]]:
     if config.data is not None and not config.data.is_dir():
         raise ValueError(f"--data {config.data}: there is no such folder")
     return tasks, lengths
-
-
-def _split(flag: str, text: str) -> list[str]:
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    if not items:
-        raise ValueError(f"{flag} is empty")
-    return list(dict.fromkeys(items))
 
 
 def _prompting(tokenizer: Any, template: str) -> Prompting:
@@ -371,25 +344,8 @@ def _batches(config: Config, cells: list[Cell], log: RunLog) -> Iterator[Batch]:
 
 
 def _evaluate(lm: PretrainedLM, todo: list[Batch], log: RunLog) -> None:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left:"),
-        TimeRemainingColumn(elapsed_when_finished=False, compact=False),
-    )
     total = sum(len(batch.policies) * len(batch.samples) for batch in todo)
-    with Progress(*columns) as progress:
+    with command.progress() as progress:
         bar = progress.add_task("evaluating", total=total)
         for batch in todo:
             progress.update(bar, description=f"{batch.samples[0][0].length} tokens")
@@ -452,52 +408,15 @@ def _ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _report(config: Config, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
-    from importlib import metadata
-
-    import jax
-
     from eval import report
 
     summary = report.summarise(log.rows, config.policies)
     report.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))
-    device = jax.devices()[0]
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "transformers"))
-    facts = {
-        "model": config.model,
-        **sources,
-        "template": config.template if config.data is None else "as the samples bring it",
-        "device": f"{device.platform}, {device.device_kind}",
-        "versions": versions,
-        "batch size": str(config.batch_size),
-        "seed": str(config.seed),
-        "command": "`" + shlex.join(["python", "-m", "eval.ruler", *_given(config)]) + "`",
-    }
-    budgets = [line for policy in config.policies for line in _budget_lines(policy, lengths)]
-    path = report.write(config.out, summary, facts, budgets, notes)
+    template = config.template if config.data is None else "as the samples bring it"
+    facts = command.facts(config, "eval.ruler", sources, template=template)
+    path = report.write(config.out, summary, facts, list(command.budgets(config.policies, lengths)), notes)
     print(f"{path}, {path.parent / 'summary.json'} and {log.path} hold the results")
-
-
-def _given(config: Config) -> list[str]:
-    """The flags that differ from their defaults, as one would type them."""
-    flags = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            flags.append("--" + field.name.replace("_", "-"))
-            if not isinstance(value, bool):
-                flags += map(str, value) if isinstance(value, tuple) else [str(value)]
-    return flags
-
-
-def _budget_lines(policy: str, lengths: list[int]) -> Iterator[str]:
-    """A policy's budget in both forms, tokens and fraction of the nominal length, at each length."""
-    from recyc_jax.policies.registry import parse_policy
-
-    for length in lengths:
-        budget = getattr(parse_policy(policy, length), "budget", None)
-        if budget is not None:
-            yield f"`{policy}` at {length}: {budget} entries a partial step, {budget / length:.4g} of the length"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def essays(path: str | None) -> tuple[Essays, str]:
         text, source = "\n".join(row["text"] for row in _hub_rows(HUB_ESSAYS, None, "train")), f"hub: {HUB_ESSAYS}"
     else:
         try:
-            file = fetch.debian_file(_NOVELS_PACKAGE, _NOVELS_MEMBER, fetch.cache_dir() / "novels.rdb")
+            file = novels_file()
         except fetch.UnavailableError as error:
             raise ValueError(
                 f"no essays for the haystack: the hub is out of reach and {error}; pass --essays PATH (a long English "
@@ -95,6 +95,11 @@ def _sentence_splitter() -> Any:
             ) from None
         nltk.data.path.append(str(fetch.cache_dir() / "nltk_data"))
         return PunktTokenizer("english").tokenize
+
+
+def novels_file() -> Path:
+    """The database of six novels, fetched once. Raises fetch.UnavailableError."""
+    return fetch.debian_file(_NOVELS_PACKAGE, _NOVELS_MEMBER, fetch.cache_dir() / "novels.rdb")
 
 
 def novels(file: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Recycled Attention in JAX: long-context decoding that re-reads only the tokens that mattered."""
 
 from recyc_jax.config import LlamaConfig, RopeScaling
-from recyc_jax.decode import Generation, decode, generate, score
+from recyc_jax.decode import Generation, Scores, decode, generate, score, score_after
 from recyc_jax.model import forward, init_params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
@@ -29,6 +29,7 @@ __all__ = [
     "RecycledAttention",
     "RopeScaling",
     "Sample",
+    "Scores",
     "SnapKV",
     "StreamingLLM",
     "decode",
@@ -39,4 +40,5 @@ __all__ = [
     "parse_policy",
     "prefill",
     "score",
+    "score_after",
 ]

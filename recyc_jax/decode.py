@@ -192,9 +192,7 @@ def decode(
     ValueError where it exceeds that, where the policy needs scores that prefill was not asked to keep, and where
     sampling lacks a key.
     """
-    if isinstance(state.logits, jax.Array) and not isinstance(state.logits, Tracer) and state.logits.is_deleted():
-        raise ValueError("this state was donated to an earlier decode: go on with the one that it returned")
-    _check_policy(policy, state)
+    _check_state(state, policy)
     room = _room(state)
     steps = room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
     if steps > room:
@@ -273,6 +271,13 @@ def generate(
     return out
 
 
+class Scores(NamedTuple):
+    """What `score_after` returns."""
+
+    log_probabilities: Array  # float32 [B, M]
+    full_steps: Array  # int32 [B, L]: full-attention decode steps, M - 1 steps being taken
+
+
 def score(
     params: Params,
     config: LlamaConfig,
@@ -301,8 +306,33 @@ def score(
         max_new_tokens=tokens.shape[1] - context_length,
         implementation=implementation,
     )
-    scored, _ = _score(params, state, forced[:, context_length:], config, policy, implementation)
-    return scored
+    scores, _ = score_after(
+        params, config, state, forced[:, context_length:], policy=policy, implementation=implementation
+    )
+    return scores.log_probabilities
+
+
+def score_after(
+    params: Params,
+    config: LlamaConfig,
+    state: Prefilled,
+    tokens: Any,
+    *,
+    policy: Policy,
+    implementation: str | None = None,
+) -> tuple[Scores, Prefilled]:
+    """Log-probabilities of `tokens` [B, M] after prefilled prompts, and the state rewound to the prompts: `score` for
+    several policies that share one prefill.
+
+    `state` is donated, as in `decode`. Raises ValueError where prefill left no room for M tokens.
+    """
+    _check_state(state, policy)
+    forced, _ = prompt_arrays.as_arrays(tokens, None, config)
+    if forced.shape[0] != state.logits.shape[0] or forced.shape[1] > _room(state):
+        raise ValueError(
+            f"tokens of shape {list(forced.shape)} do not fit {state.logits.shape[0]} prompts with room for {_room(state)}"
+        )
+    return _score(params, state, forced, config, policy, implementation)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=(1,))
@@ -313,7 +343,7 @@ def _score(
     config: LlamaConfig,
     policy: Policy,
     implementation: str | None,
-) -> tuple[Float[Array, "B new"], Prefilled]:
+) -> tuple[Scores, Prefilled]:
     def choose(logits: Array, at: DecodeState) -> tuple[Array, Array, Array]:
         token = lax.dynamic_index_in_dim(forced, at.step, axis=1, keepdims=False)
         chances = jax.nn.log_softmax(logits, axis=-1)
@@ -322,7 +352,7 @@ def _score(
     output = jnp.zeros(forced.shape, jnp.float32)
     end = _run(params, config, state, policy, api.resolve(implementation), choose, output, None)
     # the caches go back so that the donated ones can be written in place
-    return end.output, _rewound(end.cache, state)
+    return Scores(end.output, end.full_steps), _rewound(end.cache, state)
 
 
 def _rewound(kv_cache: KVCache, start: Prefilled) -> Prefilled:
@@ -335,7 +365,9 @@ def _room(state: Prefilled) -> int:
     return state.cache.capacity - state.prompt_slots + 1
 
 
-def _check_policy(policy: Policy, state: Prefilled) -> None:
+def _check_state(state: Prefilled, policy: Policy) -> None:
+    if isinstance(state.logits, jax.Array) and not isinstance(state.logits, Tracer) and state.logits.is_deleted():
+        raise ValueError("this state was donated to an earlier decode: go on with the one that it returned")
     wanted, kept = policy.observes, state.observed[0]
     missing = {
         "scores": not wanted.windows <= kept.scores.keys(),

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,6 +84,11 @@ def debian_file(package: str, member: str, target: Path) -> Path:
 
     Raises UnavailableError where the machine has no apt-get or it can't fetch the package.
     """
+    return debian_extract(package, lambda files, work: shutil.copyfile(files / member, work), target)
+
+
+def debian_extract(package: str, extract: Callable[[Path, Path], object], target: Path) -> Path:
+    """`target`, as `extract(files, target)` makes it from the folder of a Debian package's files; as `debian_file`."""
     if target.exists():
         return target
     for tool in ("apt-get", "dpkg-deb"):
@@ -96,7 +101,7 @@ def debian_file(package: str, member: str, target: Path) -> Path:
         _run(["apt-get", "download", "-qq", package], what_failed, cwd=folder)
         (deb,) = folder.glob("*.deb")
         _run(["dpkg-deb", "-x", str(deb), str(folder / "files")], f"dpkg-deb cannot unpack {package}")
-        shutil.copyfile(folder / "files" / member, work)
+        extract(folder / "files", work)
     return target
 
 

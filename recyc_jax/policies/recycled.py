@@ -61,9 +61,9 @@ class RecycledAttention(Policy):
     covers only the next three. `"auto"` covers the steps until the next decision, `schedule.period - 1`.
 
     `decay` and `window` (ours; None and 1 are the paper's rule) remember: at a refresh a token's score is the maximum of
-    the full step's and of what it was chosen by before, less `decay` nats. What mattered a while ago, such as the next item of
-    a list that is being answered, stays within reach, while tokens that never mattered make room. The prompt's scores
-    are those of its last `window` tokens (the log of the probability summed over them), as in `SnapKV`.
+    the full step's and of what it was chosen by before, less `decay` nats. What mattered a while ago, such as the next
+    item of a list that is being answered, stays within reach, while tokens that never mattered make room. The prompt's
+    scores are those of its last `window` tokens (the log of the probability summed over them), as in `SnapKV`.
 
     `evict=False`: a partial step reads `budget` ranked tokens and every token since the refresh, the form that the paper
     trains with (section 5). Under `QuerySimilarity` nothing bounds their number, and a partial step gathers over the whole

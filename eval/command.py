@@ -1,0 +1,121 @@
+"""What the evaluation commands share: reading flags, progress, and the facts that a report opens with."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+
+def split(flag: str, text: str) -> list[str]:
+    """The items of a comma-separated flag, each once."""
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    if not items:
+        raise ValueError(f"{flag} is empty")
+    return list(dict.fromkeys(items))
+
+
+def lengths(text: str) -> list[int]:
+    """The total lengths of `--lengths`."""
+    found = []
+    for item in split("--lengths", text):
+        if not item.isdecimal() or int(item) < 1:
+            raise ValueError(f"--lengths: {item!r} is not a positive whole number")
+        found.append(int(item))
+    return found
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError, naming the flag, for a number below 1."""
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def check_policies(policies: Sequence[str], lengths: Sequence[int]) -> None:
+    """Raise ValueError where `--policies` is empty, doubled or names none at one of the lengths."""
+    from recyc_jax.policies.registry import parse_policy
+
+    if not policies:
+        raise ValueError("--policies: name at least one policy")
+    for policy in policies:
+        for length in lengths:
+            parse_policy(policy, length)
+    if len(set(policies)) < len(policies):
+        raise ValueError("--policies names a policy twice")
+
+
+def check_context(lengths: Sequence[int], context: int, allow_beyond: bool) -> None:
+    """Raise ValueError for lengths beyond the model's context."""
+    for length in lengths:
+        if length > context and not allow_beyond:
+            raise ValueError(
+                f"--lengths {length} exceeds the model's context of {context} tokens; pass --allow-beyond-context to run "
+                "it all the same"
+            )
+
+
+def dtype_name(dtype: str) -> str:
+    """What `--dtype auto` stands for on this backend."""
+    import jax
+
+    usual = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return usual if dtype == "auto" else dtype
+
+
+def progress() -> Any:
+    """A progress bar with counts and the time that is left."""
+    from rich import progress as rich
+
+    return rich.Progress(
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left:"),
+        rich.TimeRemainingColumn(elapsed_when_finished=False, compact=False),
+    )
+
+
+def facts(config: Any, command: str, sources: Mapping[str, str], **more: str) -> dict[str, str]:
+    """What a report opens with: model, sources, device, versions and the command."""
+    from importlib import metadata
+
+    import jax
+
+    device = jax.devices()[0]
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "transformers"))
+    return {
+        "model": config.model,
+        **sources,
+        **more,
+        "device": f"{device.platform}, {device.device_kind}",
+        "versions": versions,
+        "batch size": str(config.batch_size),
+        "seed": str(config.seed),
+        "command": "`" + shlex.join(["python", "-m", command, *_given(config)]) + "`",
+    }
+
+
+def _given(config: Any) -> list[str]:
+    """The flags that differ from their defaults, as one would type them."""
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            flags.append("--" + field.name.replace("_", "-"))
+            if not isinstance(value, bool):
+                flags += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return flags
+
+
+def budgets(policies: Sequence[str], lengths: Sequence[int]) -> Iterator[str]:
+    """Each policy's budget in both forms, tokens and fraction of the nominal length, at each length."""
+    from recyc_jax.policies.registry import parse_policy
+
+    for policy in policies:
+        for length in lengths:
+            budget = getattr(parse_policy(policy, length), "budget", None)
+            if budget is not None:
+                yield f"`{policy}` at {length}: {budget} entries a partial step, {budget / length:.4g} of the length"
