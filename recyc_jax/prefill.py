@@ -89,11 +89,13 @@ def _prefill(
 
         def attend(layer: int, heads: Heads, state: _Reading) -> tuple[Array, _Reading]:
             kv = state.kv.append(heads.k, heads.v, offset)
-            mass = None
-            if state.mass is not None:
-                mass = state.mass + attention.chunk_mass(heads.q, kv.keys, starts, offset)
             latest = jnp.concatenate([state.latest, heads.q], axis=1)[:, -kept_queries:]
-            out = attention.chunk(heads.q, kv.keys, kv.values, starts, offset)
+            mass = state.mass
+            if mass is None:
+                out = attention.chunk(heads.q, kv.keys, kv.values, starts, offset)
+            else:
+                out, received = attention.chunk_with_mass(heads.q, kv.keys, kv.values, starts, offset)
+                mass = mass + received
             return out, _Reading(kv, latest, heads.plain_q[:, -1], mass)
 
         here = lax.dynamic_slice_in_dim(tokens, offset, chunk, axis=1)

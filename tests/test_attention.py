@@ -109,11 +109,15 @@ def test_window_scores(attention, arrays, window):
         np.testing.assert_allclose(got[0][:, seen[0]], np.asarray(scores)[0][:, seen[0]], atol=1e-5)
 
 
-@pytest.mark.parametrize(("width", "offset"), [(8, 16), (3, 12), (37, 0), (20, 17)])
-def test_chunk_mass(attention, arrays, width, offset):
-    """Queries summed in blocks of 16, whole and not; those of padding left out."""
+@pytest.mark.parametrize(("width", "offset"), [(8, 16), (3, 12), (3, 33), (37, 0), (10, 10)])
+def test_chunk_with_mass(attention, arrays, width, offset):
+    """The same outputs, and probabilities summed over queries, those of padding left out."""
     q = jnp.asarray(np.random.default_rng(4).normal(size=(B, width, K * G, H)) * 3, jnp.float32)
-    got = attention.chunk_mass(q, arrays[1], jnp.array([0, 13], jnp.int32), jnp.int32(offset))
+    starts = jnp.array([0, 13], jnp.int32)
+    out, got = attention.chunk_with_mass(q, *arrays[1:], starts, jnp.int32(offset))
+    plain = attention.chunk(q, *arrays[1:], starts, jnp.int32(offset))
+    real = np.arange(offset, offset + width) >= np.asarray(starts)[:, None]
+    np.testing.assert_array_equal(np.asarray(out)[real], np.asarray(plain)[real])
     expected = np.zeros((B, K, G, S))
     for number in range(width):
         at = offset + number

@@ -75,5 +75,5 @@ def test_prefill_of_128k_tokens_needs_no_square():
     row = 4 * config.num_attention_heads * 131072  # bytes of one query's logits: grows with T, as the cache does
     assert long < short + 3 * row
     assert long < 131072**2 / 32  # bytes: a 32nd of one head's square at one byte each
-    # accumulated attention takes 16 queries' logits at once, and SnapKV's window one after the other
-    assert temp(131072, dynamic | rj.SnapKV(16, window=32).observes | rj.H2O(16).observes) < long + 5 * 16 * row
+    # SnapKV's window goes query by query, and accumulated attention needs what it returns twice over
+    assert temp(131072, dynamic | rj.SnapKV(16, window=32).observes | rj.H2O(16).observes) < long + 10 * row

@@ -27,7 +27,9 @@ class Implementation(Protocol):
 
     def chunk(self, q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> Array: ...
 
-    def chunk_mass(self, q: Array, keys: Array, starts: Array, offset: Array) -> Array: ...
+    def chunk_with_mass(
+        self, q: Array, keys: Array, values: Array, starts: Array, offset: Array
+    ) -> tuple[Array, Array]: ...
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference}

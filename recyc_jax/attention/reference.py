@@ -149,24 +149,78 @@ def chunk(
     Key blocks of C slots are visited one by one with a running softmax, from the first that holds a token to the
     queries' own, so memory is C x C a head and blocks in the future cost nothing.
     """
+    return _chunk(q, keys, values, starts, offset)[0]
+
+
+def chunk_with_mass(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B K G S"]]:
+    """`chunk`, and the probability that each slot receives from these queries, summed over them, for each query head in
+    float32. Queries of padding give nothing. A second visit of the key blocks, once the normalisers are known."""
+    batch, width, heads, _ = q.shape
+    kv_heads, capacity = keys.shape[1:3]
+    groups = heads // kv_heads
+    out, normaliser = _chunk(q, keys, values, starts, offset)
+    stacked = _stacked(q, kv_heads)
+    is_token = offset + jnp.arange(width, dtype=jnp.int32) >= starts[:, None]
+
+    def visit(block: Array, mass: Array) -> Array:
+        chances = _block_logits(stacked, keys, starts, offset, block, width) - normaliser[..., None]
+        chances = chances.reshape(batch, kv_heads, groups, width, width)
+        received = jnp.sum(jnp.where(is_token[:, None, None, :, None], jnp.exp(chances), 0), axis=3)
+        zero = jnp.zeros((), jnp.int32)
+        return lax.dynamic_update_slice(mass, received, (zero, zero, zero, block * width))
+
+    mass = jnp.zeros((batch, kv_heads, groups, capacity), jnp.float32)
+    return out, lax.fori_loop(jnp.min(starts) // width, offset // width + 1, visit, mass)
+
+
+def _stacked(q: Float[Array, "B C N H"], kv_heads: int) -> Float[Array, "B K GC H"]:
+    """All queries of a key/value head in one matrix."""
+    batch, width, heads, dim = q.shape
+    by_head = q.reshape(batch, width, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
+    return by_head.reshape(batch, kv_heads, heads // kv_heads * width, dim)
+
+
+def _block_logits(
+    stacked: Float[Array, "B K GC H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+    block: Int[Array, ""],
+    width: int,
+) -> Float[Array, "B K GC C"]:
+    """Scaled logits of the queries, the first in slot `offset`, over the block's keys; masked where they see nothing."""
+    rows, dim = stacked.shape[2:]
+    query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), rows // width)
+    key_slots = block * width + jnp.arange(width, dtype=jnp.int32)
+    seen = (key_slots <= query_slots[:, None]) & (key_slots >= starts[:, None, None])
+    block_keys = lax.dynamic_slice_in_dim(keys, block * width, width, axis=2)
+    logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
+    return jnp.where(seen[:, None], logits * _scale(dim), MASKED)
+
+
+def _chunk(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B K GC"]]:
+    """The output, and each query's log of the sum of exponentials."""
     batch, width, heads, dim = q.shape
     kv_heads = keys.shape[1]
     groups = heads // kv_heads
-    # [B, K, G * C, H]: one matrix product a key/value head
-    stacked = q.reshape(batch, width, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)
-    stacked = stacked.reshape(batch, kv_heads, groups * width, dim)
-    query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), groups)
-    zero = jnp.zeros((), jnp.int32)
+    stacked = _stacked(q, kv_heads)
 
     def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        at = (zero, zero, block * width, zero)
-        size = (batch, kv_heads, width, dim)
-        block_keys, block_values = lax.dynamic_slice(keys, at, size), lax.dynamic_slice(values, at, size)
-        key_slots = block * width + jnp.arange(width, dtype=jnp.int32)
-        seen = (key_slots <= query_slots[:, None]) & (key_slots >= starts[:, None, None])
-        logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
-        logits = jnp.where(seen[:, None], logits * _scale(dim), MASKED)
+        logits = _block_logits(stacked, keys, starts, offset, block, width)
+        block_values = lax.dynamic_slice_in_dim(values, block * width, width, axis=2)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         shrink = jnp.exp(peak - new_peak)
         weights = jnp.exp(logits - new_peak[..., None])
@@ -181,37 +235,6 @@ def chunk(
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, dim), jnp.float32),
     )
-    first = jnp.min(starts) // width
-    _, total, out = lax.fori_loop(first, offset // width + 1, visit, carry)
+    peak, total, out = lax.fori_loop(jnp.min(starts) // width, offset // width + 1, visit, carry)
     out = (out / total[..., None]).astype(q.dtype).reshape(batch, kv_heads, groups, width, dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
-
-
-MASS_QUERIES = 16  # at once: what `chunk_mass` needs beside its result is this many rows of logits a head
-
-
-def chunk_mass(
-    q: Float[Array, "B C N H"],
-    keys: Float[Array, "B K S H"],
-    starts: Int[Array, " B"],
-    offset: Int[Array, ""],
-) -> Float[Array, "B K G S"]:
-    """The probability that each slot receives from C consecutive queries, the first in slot `offset`, summed over them, for
-    each query head in float32. Queries of padding give nothing."""
-    batch, width, heads, dim = q.shape
-    kv_heads, capacity = keys.shape[1:3]
-    rows = min(MASS_QUERIES, width)
-    slots = jnp.arange(capacity, dtype=jnp.int32)
-
-    def add(block: Array, total: Array) -> Array:
-        first = jnp.minimum(block * rows, width - rows)  # the last block reaches back and leaves out what is counted
-        here = _grouped(lax.dynamic_slice_in_dim(q, first, rows, axis=1), kv_heads)
-        at = first + jnp.arange(rows, dtype=jnp.int32)
-        logits = jnp.einsum("bckgh,bksh->bkgcs", here, keys, preferred_element_type=jnp.float32)
-        seen = (slots >= starts[:, None, None]) & (slots <= offset + at[:, None])
-        weights = jax.nn.softmax(jnp.where(seen[:, None, None], logits * _scale(dim), MASKED), axis=-1)
-        counted = (at >= block * rows) & (offset + at >= starts[:, None])
-        return total + jnp.sum(jnp.where(counted[:, None, None, :, None], weights, 0), axis=3)
-
-    total = jnp.zeros((batch, kv_heads, heads // kv_heads, capacity), jnp.float32)
-    return lax.fori_loop(0, -(-width // rows), add, total)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), peak + jnp.log(total)
