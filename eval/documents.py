@@ -153,6 +153,7 @@ def _local(path: Path) -> tuple[list[Document], str]:
     if path.suffix in (".json", ".jsonl", ".parquet"):
         import datasets
 
+        datasets.disable_progress_bars()  # an instant of reading
         kind = "parquet" if path.suffix == ".parquet" else "json"
         try:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")

@@ -118,7 +118,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     command.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
     tokenizer = pretrained.load_tokenizer(folder)
     domains = [documents.load(spec) for spec in specs]
-    sequences, notes = _sequences(config, domains, lengths, tokenizer)
+    sequences, notes = windows(config, domains, lengths, tokenizer)
     for note in notes:
         print(note, flush=True)
 
@@ -146,7 +146,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     return evaluate
 
 
-def _sequences(
+def windows(
     config: Config, domains: list[Domain], lengths: list[int], tokenizer: Any
 ) -> tuple[list[Sequence], list[str]]:
     """Windows of the documents that do not overlap, chosen at random by the seed, and a note for each domain that has
@@ -162,17 +162,19 @@ def _sequences(
             for document in track(domain.documents, described, transient=True)
         ]
         for length in lengths:
-            windows = [
+            candidates = [
                 (name, offset, ids) for name, ids in documents for offset in range(0, len(ids) - length + 1, length)
             ]
-            if not windows:
+            if not candidates:
                 raise ValueError(f"--domains: no document of {domain.name} has {length} tokens")
-            random.Random(f"{config.seed} {domain.name} {length}").shuffle(windows)
-            for index, (name, offset, ids) in enumerate(windows[: config.sequences]):
+            random.Random(f"{config.seed} {domain.name} {length}").shuffle(candidates)
+            for index, (name, offset, ids) in enumerate(candidates[: config.sequences]):
                 tokens = tuple(ids[offset : offset + length])
                 found.append(Sequence(domain.name, length, index, name, offset, tokens))
-            if len(windows) < config.sequences:
-                notes.append(f"{domain.name} has {len(windows)} sequences of {length} tokens, not {config.sequences}")
+            if len(candidates) < config.sequences:
+                notes.append(
+                    f"{domain.name} has {len(candidates)} sequences of {length} tokens, not {config.sequences}"
+                )
     return found, notes
 
 

@@ -236,6 +236,23 @@ def _cells(
     return cells, sources, notes
 
 
+def prompts(config: Config, tokenizer: Any) -> list[list[int]]:
+    """The token ids of a run's prompts, for other looks at the same samples. Raises ValueError as the command would."""
+    from eval.tasks.registry import TASKS
+
+    tasks, lengths = _check(config)
+    prompting = _prompting(tokenizer, config.template)
+    material, _, notes, missing = _material(config, tasks)
+    if missing:
+        raise ValueError(notes[0])
+    return [
+        _ids(tokenizer, TASKS[name](name, material, prompting, length, config.seed).sample(index).prompt)
+        for length in lengths
+        for name in tasks
+        for index in range(config.samples)
+    ]
+
+
 def _share_shapes(cells: list[Cell], policies: Sequence[str]) -> list[Cell]:
     """The cells with one prompt width and one number of decoded tokens for all tasks of a length, which so share one
     compilation a policy. The steps are whole periods of every policy where that takes few more, since what is left over

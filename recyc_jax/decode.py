@@ -276,6 +276,7 @@ class Scores(NamedTuple):
 
     log_probabilities: Array  # float32 [B, M]
     full_steps: Array  # int32 [B, L]: full-attention decode steps, M - 1 steps being taken
+    states: tuple[Any, ...]  # the policy's after the last step, a layer each: for diagnostics
 
 
 def score(
@@ -352,7 +353,7 @@ def _score(
     output = jnp.zeros(forced.shape, jnp.float32)
     end = _run(params, config, state, policy, api.resolve(implementation), choose, output, None)
     # the caches go back so that the donated ones can be written in place
-    return Scores(end.output, end.full_steps), _rewound(end.cache, state)
+    return Scores(end.output, end.full_steps, end.recycled), _rewound(end.cache, state)
 
 
 def _rewound(kv_cache: KVCache, start: Prefilled) -> Prefilled:

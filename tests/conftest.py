@@ -24,6 +24,13 @@ def pytest_runtest_setup(item):
         pytest.fail(f"-m gpu asks for a GPU; JAX found {jax.devices()}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Each module's compiled programs are dropped after it: thousands at once exceed what a process may map."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def config():
     return rj.LlamaConfig.tiny()

@@ -1,0 +1,170 @@
+"""`python -m eval.language_modeling` as users run it: real processes, on a tiny random checkpoint in a folder."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import checkpoints
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import recyc_jax as rj
+from eval import perplexity
+
+POLICIES = ("full", "recycled:budget=0.125,check_every=4,threshold=0.3", "streaming_llm:budget=400", "h2o:budget=0.2")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    checkpoints.write_folder(folder)
+    (folder / "prose.txt").write_text(checkpoints.TEXT * 30)
+    with (folder / "rows.jsonl").open("w") as file:
+        for part in range(3):
+            file.write(json.dumps({"text": (checkpoints.TEXT[part * 7 :] + "\n") * 8}) + "\n")
+    return folder
+
+
+def command(model, out, *more, **options):
+    default = dict(model=model, domains=f"prose={model}/prose.txt,rows={model}/rows.jsonl", lengths="200")
+    default |= {"new-tokens": 16, "sequences": 4, "batch-size": 3, "out": out}
+    flags = [part for name, value in (default | options).items() for part in (f"--{name}", value)]
+    return ["eval.language_modeling", *map(str, flags), "--policies", *POLICIES, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """One whole run that several tests look at."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-m", *command(model, out, lengths="200,120")]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=env, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_whole_run(finished):
+    out, done = finished
+    found = rows(out)
+    assert len(found) == 2 * 2 * 4 * 4  # domains, lengths, sequences, policies
+    summary = json.loads((out / "summary.json").read_text())
+    assert len(summary) == 2 * 2 * 4
+    for row in summary:
+        assert row["n"] == 4
+        assert row["perplexity"] == pytest.approx(math.exp(row["nll"]), rel=1e-3)
+        if row["policy"] == "full":
+            assert (row["difference"], row["effective_stride"]) == (0, 1)
+        if row["policy"] == "streaming_llm:budget=400":  # more than there are tokens
+            assert row["difference"] == pytest.approx(0, abs=1e-4)
+            assert row["effective_stride"] is None
+        if row["policy"] == POLICIES[1]:
+            assert row["effective_stride"] >= 4
+            assert row["difference"] != 0
+    report = (out / "report.md").read_text()
+    assert "## 200 tokens" in report
+    assert "| policy | prose | difference | rows | difference | effective stride |" in report
+    assert "- dtype: float32" in report
+    assert "`h2o:budget=0.2` at 200: 40 entries" in report
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert "perplexity at 120 tokens" in done.stdout
+
+
+def test_rows_are_what_score_says(finished, model):
+    """The document, the offset and the policy of a row give its number back."""
+    lm = rj.load_pretrained(str(model))
+    text = (model / "prose.txt").read_text()
+    ids = lm.tokenizer(text)["input_ids"]
+    some = [row for row in rows(finished[0]) if (row["domain"], row["length"]) == ("prose", 120)]
+    assert len({row["offset"] for row in some}) == 4
+    for row in some[::3]:
+        assert row["offset"] % 120 == 0
+        tokens = np.asarray([ids[row["offset"] : row["offset"] + 120]])
+        policy = rj.parse_policy(row["policy"], 120)
+        scores = rj.score(lm.params, lm.config, tokens, policy=policy, context_length=104)
+        assert row["nll"] == pytest.approx(-float(np.mean(scores)), abs=1e-4)
+
+
+def test_a_finished_run_is_not_repeated(finished, model, run_module, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    began = time.perf_counter()
+    done = run_module(*command(model, tmp_path / "out", lengths="200,120"))
+    assert done.returncode == 0
+    assert rows(tmp_path / "out") == rows(finished[0])
+    assert time.perf_counter() - began < 60
+    refused = run_module(*command(model, tmp_path / "out", lengths="200"))
+    assert refused.returncode == 2
+    assert "holds another configuration: lengths was [120, 200] and is [200] now" in refused.stderr
+
+
+def test_a_killed_run_goes_on(finished, model, run_module, tmp_path):
+    out = tmp_path / "out"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-m", *command(model, out, lengths="200,120")]
+    process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "results.jsonl").exists() or not rows(out):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = rows(out)
+    assert 0 < len(before) < 64
+    done = run_module(*command(model, out, lengths="200,120"))
+    assert done.returncode == 0, done.stderr
+    after = rows(out)
+    assert after[: len(before)] == before
+
+    def results(some):
+        return sorted((row["policy"], row["domain"], row["length"], row["index"], round(row["nll"], 4)) for row in some)
+
+    assert results(after) == results(rows(finished[0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"domains": "poems"}, "--domains: 'poems' is unknown; there is novels, essays, latex (or NAME=PATH)"),
+        ({"domains": "x=nowhere.txt"}, "--domains x=nowhere.txt: there is no such file or folder"),
+        ({"domains": "a=tests,a=eval"}, "--domains names a domain twice"),
+        ({"domains": "x=some/dataset"}, "the hub is out of reach"),
+        ({"lengths": "100000"}, "exceeds the model's context"),
+        ({"lengths": "16"}, "--new-tokens 16 leaves no context of --lengths 16"),
+        ({"sequences": 0}, "--sequences 0 must be at least 1"),
+        ({"new-tokens": 0}, "--new-tokens 0 must be at least 1"),
+        ({"backend": "tpu"}, "--backend tpu: "),
+    ],
+)
+def test_bad_flags_end_in_one_line(model, run_module, tmp_path, options, message):
+    done = run_module(*command(model, tmp_path / "out", **options))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_text_that_is_too_short_is_named(model, run_module, tmp_path):
+    (tmp_path / "short.txt").write_text("A few words.")
+    done = run_module(*command(model, tmp_path / "out", domains=f"short={tmp_path}/short.txt"))
+    assert done.returncode == 2
+    assert "no document of short has 200 tokens" in done.stderr
+
+
+def test_summary_pairs_sequences():
+    made = [
+        dict(policy=policy, domain="d", length=8, index=index, nll=nll, steps=9, full_steps=full, seconds=0.1)
+        for policy, index, nll, full in (("full", 0, 2.0, 9), ("full", 1, 3.0, 9), ("p", 0, 2.1, 0), ("p", 1, 3.3, 0))
+    ]
+    full, other = perplexity.summarise(made, ["full", "p"])
+    assert full["perplexity"] == pytest.approx(math.exp(2.5), rel=1e-4)
+    assert other["difference"] == pytest.approx(0.2)
+    assert other["difference_stderr"] == pytest.approx(0.1)  # of the differences, far below that of the means
+    assert other["effective_stride"] is None
