@@ -128,17 +128,7 @@ class Probe(Policy):
 def main(args: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     config = tyro.cli(Config, prog="python -m eval.attention_overlap", args=args)
-    try:
-        try:
-            run = _prepare(config)
-        except (ValueError, OSError) as error:  # of input, all of it looked at before weights load
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        run()
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(_prepare, config, "nothing was written")
 
 
 def _prepare(config: Config) -> Callable[[], None]:

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+
+def run(prepare: Callable[[Any], Callable[[], None]], config: Any, when_interrupted: str) -> int:
+    """Prepare a command and do it; the exit status.
+
+    `prepare` looks at all input, up to and including the loading of weights, and returns what is left to do: its
+    ValueError or OSError is the user's, one line and status 2.
+    """
+    try:
+        try:
+            go = prepare(config)
+        except (ValueError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        go()
+    except KeyboardInterrupt:
+        print(f"interrupted; {when_interrupted}", file=sys.stderr)
+        return 130
+    return 0
 
 
 def split(flag: str, text: str) -> list[str]:

@@ -94,17 +94,7 @@ class Cell:
 def main(args: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
     config = tyro.cli(Config, prog="python -m eval.ruler", args=args)
-    try:
-        try:
-            run = _prepare(config)
-        except (ValueError, OSError) as error:  # of input, all of it looked at before weights load
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        run()
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with what {config.out} holds", file=sys.stderr)
-        return 130
-    return 0
+    return command.run(_prepare, config, f"the same command goes on with what {config.out} holds")
 
 
 def _prepare(config: Config) -> Callable[[], None]:
