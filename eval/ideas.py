@@ -1,7 +1,7 @@
 """Selection rules that were tried beside look-ahead: `python -m eval.ideas`, which is `eval.ruler` with more policies.
 
-Each costs a decode step what `RecycledAttention` costs. What they score is in docs/results/quality.md; those that won are
-fields of the policies, those here did not. Their strings start with `idea_`.
+Each costs a decode step what `RecycledAttention` costs. What they scored is in docs/results/quality.md; the one that won
+became fields of the policy, those here did not. Their strings start with `idea_`.
 """
 
 from __future__ import annotations
