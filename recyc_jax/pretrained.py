@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +119,8 @@ def read_config(folder: Path) -> LlamaConfig:
 
 def load_tokenizer(folder: Path) -> Any:
     """The folder's transformers tokenizer."""
+    # its advice to install torch, which we do without; transformers reads the variable as it is imported
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
 
     try:
