@@ -1,0 +1,110 @@
+"""The decoder over whole sequences, as training runs it: layers stacked and scanned, recomputed for the gradient.
+
+Training holds the parameters with all layers' leaves stacked into one, [L, ...]: one layer is compiled instead of L.
+`stack_layers` and `unstack_layers` go between this and the form that decoding and checkpoints of others use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from recyc_jax import model, rope
+from recyc_jax.config import LlamaConfig
+from recyc_jax.model import Heads, Params
+
+Remat = Literal["full", "dots", "none"]
+Attention = Callable[[Array, Array, Array, Array | None], Array]
+"""(q [B, T, N, H], k, v [B, T, K, H], segments [B, T] or None) -> [B, T, N, H]."""
+
+_LOSS_BLOCK = 512
+"""Tokens of a row whose logits are in memory at once."""
+
+
+def stack_layers(params: Params, layers: int) -> Params:
+    """The parameters with `layers_0`, `layers_1`, ... as one subtree `layers` of leaves [L, ...]."""
+    others = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
+    by_layer = [params[f"layers_{layer}"] for layer in range(layers)]
+    return others | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """The inverse of `stack_layers`."""
+    stacked = params["layers"]
+    layers = jax.tree.leaves(stacked)[0].shape[0]
+    others = {name: leaf for name, leaf in params.items() if name != "layers"}
+    return others | {f"layers_{n}": jax.tree.map(lambda leaf, n=n: leaf[n], stacked) for n in range(layers)}
+
+
+def token_losses(
+    params: Params,
+    config: LlamaConfig,
+    tokens: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None,
+    attention: Attention,
+    *,
+    remat: Remat = "full",
+    z_loss: float = 0.0,
+) -> Float[Array, "B T_minus_1"]:
+    """For each token but the last the negative log-probability of the one after it, in nats, float32.
+
+    `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` adds
+    that many times the squared log of the softmax's normaliser (PaLM, section 5; 0 adds nothing).
+    """
+    hidden = _hidden_states(params, config, tokens, segments, attention, remat)[:, :-1]
+    width = hidden.shape[1]
+    size = min(_LOSS_BLOCK, width)
+    blocks = -(-width // size)
+
+    def cut(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, blocks * size - width), *[(0, 0)] * (x.ndim - 2)])
+        return x.reshape(x.shape[0], blocks, size, *x.shape[2:]).swapaxes(0, 1)
+
+    def losses(block: tuple[Array, Array]) -> Array:
+        logits = model.logits(params, config, block[0])
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, block[1][..., None], axis=-1)[..., 0]
+        loss = normaliser - chosen
+        return loss if z_loss == 0 else loss + z_loss * normaliser**2
+
+    out = lax.map(jax.checkpoint(losses), (cut(hidden), cut(tokens[:, 1:])))
+    return out.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, :width]
+
+
+def _hidden_states(
+    params: Params, config: LlamaConfig, tokens: Array, segments: Array | None, attention: Attention, remat: Remat
+) -> Float[Array, "B T D"]:
+    x = jnp.take(params["embedding"], tokens, axis=0)
+    cos, sin = rope.angles(config, _positions(tokens, segments))
+    block = model.Block(config, 0)
+
+    def attend(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
+        return attention(heads.q, heads.k, heads.v, segments), state
+
+    def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
+        out: Any = block.apply({"params": layer_params}, x, cos, sin, attend, None)
+        return out[0], None
+
+    policies = {
+        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    }
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)  # a scan is boundary enough
+    x, _ = lax.scan(layer, x, params["layers"])
+    norm: Any = model.RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
+    return norm
+
+
+def _positions(tokens: Array, segments: Array | None) -> Int[Array, "B T"]:
+    """Each token's place in its document."""
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    if segments is None:
+        return places
+    begins = jnp.concatenate([jnp.ones_like(segments[:, :1], jnp.bool_), segments[:, 1:] != segments[:, :-1]], axis=1)
+    return places - lax.cummax(jnp.where(begins, places, 0), axis=1)
