@@ -1,1 +1,1 @@
-"""Training with recycled attention active."""
+"""Continued pretraining with recycled attention active."""

@@ -50,13 +50,15 @@ def token_losses(
     *,
     remat: Remat = "full",
     z_loss: float = 0.0,
+    place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "B T_minus_1"]:
     """For each token but the last the negative log-probability of the one after it, in nats, float32.
 
     `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` adds
-    that many times the squared log of the softmax's normaliser (PaLM, section 5; 0 adds nothing).
+    that many times the squared log of the softmax's normaliser (PaLM, section 5; 0 adds nothing). `place` may constrain
+    where hidden states [B, T, D] lie.
     """
-    hidden = _hidden_states(params, config, tokens, segments, attention, remat)[:, :-1]
+    hidden = _hidden_states(params, config, tokens, segments, attention, remat, place)[:, :-1]
     width = hidden.shape[1]
     size = min(_LOSS_BLOCK, width)
     blocks = -(-width // size)
@@ -77,9 +79,15 @@ def token_losses(
 
 
 def _hidden_states(
-    params: Params, config: LlamaConfig, tokens: Array, segments: Array | None, attention: Attention, remat: Remat
+    params: Params,
+    config: LlamaConfig,
+    tokens: Array,
+    segments: Array | None,
+    attention: Attention,
+    remat: Remat,
+    place: Callable[[Array], Array],
 ) -> Float[Array, "B T D"]:
-    x = jnp.take(params["embedding"], tokens, axis=0)
+    x = place(jnp.take(params["embedding"], tokens, axis=0))
     cos, sin = rope.angles(config, _positions(tokens, segments))
     block = model.Block(config, 0)
 
@@ -88,7 +96,7 @@ def _hidden_states(
 
     def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
         out: Any = block.apply({"params": layer_params}, x, cos, sin, attend, None)
-        return out[0], None
+        return place(out[0]), None
 
     policies = {
         "full": jax.checkpoint_policies.nothing_saveable,

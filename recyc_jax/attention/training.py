@@ -24,6 +24,10 @@ QUERY_BLOCK = 512
 """Queries that are worked on at once: bounds the logits in memory to this many rows of T."""
 
 
+Dense = Callable[[Array, Array, Array, Array | None], Array]
+"""`causal` or one that does the same: (q, k, v, segments) -> out."""
+
+
 class Recycle(NamedTuple):
     """Which tokens select, and what those after them attend to. All static.
 
@@ -67,13 +71,30 @@ def causal(
     return _unblock(out, width)
 
 
+def causal_cudnn(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    segments: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
+    """`causal` by cuDNN's fused attention: NVIDIA GPUs, 16-bit dtypes, one document a row."""
+    if segments is not None:
+        raise ValueError("attention='cudnn' cannot tell the documents of a packed row apart")
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
 def recycled(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], recycle: Recycle
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    recycle: Recycle,
+    dense: Dense = causal,
 ) -> Float[Array, "B T N H"]:
     """What each token's attention gives when the sequence is read under `recycle` (section 5 of the paper, and our
-    strided form). Gathered keys and values receive gradients; the selection itself passes none on."""
+    strided form). `dense` does the causal attention of the tokens before the first selection. Gathered keys and values
+    receive gradients; the selection itself passes none on."""
     first = recycle.prefix - 1
-    before = causal(q[:, :first], k[:, :first], v[:, :first]) if first else q[:, :0]
+    before = dense(q[:, :first], k[:, :first], v[:, :first], None) if first else q[:, :0]
     return jnp.concatenate([before, _segments(q, k, v, first, recycle)], axis=1)
 
 

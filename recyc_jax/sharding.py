@@ -1,0 +1,67 @@
+"""Where arrays lie on a mesh of devices: one table from parameter names to axes.
+
+Axes: `data` (rows of the batch, parameters copied), `fsdp` (rows of the batch, parameters split), `tensor` (heads,
+feed-forward features and vocabulary split).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from recyc_jax.config import LlamaConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""The axes that a batch's rows are split over."""
+
+# the end of a leaf's path, and how its last dimensions are split; leading ones (stacked layers) are whole
+_TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embedding|head", ("tensor", "fsdp")),  # [V, D]
+    (r"[qkv]_proj/kernel", ("fsdp", "tensor")),  # [D, N * H]
+    (r"[qkv]_proj/bias", ("tensor",)),
+    (r"o_proj/kernel", ("tensor", "fsdp")),  # [N * H, D]
+    (r"(gate|up)_proj/kernel", ("fsdp", "tensor")),  # [D, F]
+    (r"down_proj/kernel", ("tensor", "fsdp")),  # [F, D]
+)
+
+
+def mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:
+    """Devices as a mesh of these sizes; `devices` defaults to all. Raises ValueError where their number is another."""
+    devices = jax.devices() if devices is None else devices
+    if data * fsdp * tensor != len(devices):
+        raise ValueError(
+            f"a mesh of data {data} x fsdp {fsdp} x tensor {tensor} needs {data * fsdp * tensor} devices, "
+            f"there are {len(devices)}"
+        )
+    types = (jax.sharding.AxisType.Auto,) * 3
+    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+
+
+def check_divides(config: LlamaConfig, fsdp: int, tensor: int) -> None:
+    """Raise ValueError, naming the dimension, where a parameter of this shape cannot be split so."""
+    for name, size, axis, parts in (
+        ("num_key_value_heads", config.num_key_value_heads, "tensor", tensor),
+        ("intermediate_size", config.intermediate_size, "tensor", tensor),
+        ("vocab_size", config.vocab_size, "tensor", tensor),
+        ("hidden_size", config.hidden_size, "fsdp", fsdp),
+    ):
+        if size % parts:
+            raise ValueError(f"{axis}={parts} does not divide the model's {name} of {size}")
+
+
+def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+    """The spec of the leaf at this path of a parameter tree, or of a tree that repeats it, such as Adam's moments."""
+    name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    for pattern, split in _TABLE:
+        if re.search(rf"(^|/)({pattern})$", name) and leaf.ndim >= len(split):
+            return PartitionSpec(*[None] * (leaf.ndim - len(split)), *split)
+    return PartitionSpec()
+
+
+def shardings(tree: Any, on: Mesh) -> Any:
+    """A NamedSharding for each leaf (an array or its shape)."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(on, spec(path, leaf)), tree)

@@ -1,0 +1,172 @@
+"""Checkpoints that are checked: what was saved is what comes back, or the one before it does.
+
+Orbax keeps the files (asynchronously, each step in a folder that appears whole). Beside the state lies a card: what made
+it, where the data stood, and a fingerprint of every leaf, which is compared after reading: orbax restores flipped bits
+and changed dtypes without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+Card = dict[str, Any]
+
+_DAMAGED = "damaged"
+
+
+class Restored(NamedTuple):
+    step: int
+    state: Any
+    card: Card
+
+
+class NoUsableCheckpointError(ValueError):
+    """There are checkpoints, and none can be read whole."""
+
+
+class Checkpoints:
+    """The checkpoints of a run, in `folder`/<step>."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        import orbax.checkpoint as ocp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every stage of every save
+        self._folder, self._keep, self._ocp = folder.resolve(), keep, ocp
+        self._manager = self._open()
+
+    def _open(self) -> Any:
+        options = self._ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
+        return self._ocp.CheckpointManager(self._folder, options=options)
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, card: Mapping[str, Any]) -> bool:
+        """Begin to save; False, and nothing is written, where the state holds numbers that are not finite."""
+        prints, finite = fingerprints(state)
+        if not finite:
+            return False
+        if step not in self.steps():
+            args = self._ocp.args
+            whole = dict(card) | {"fingerprints": prints}
+            self._manager.save(
+                step, args=args.Composite(state=args.StandardSave(state), card=args.JsonSave(whole)), force=True
+            )
+        return True
+
+    def wait(self) -> None:
+        """Until everything that was begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def latest_card(self) -> Card | None:
+        """The card of the latest checkpoint whose card can be read."""
+        args = self._ocp.args
+        for step in reversed(self.steps()):
+            with contextlib.suppress(Exception):  # a damaged one: `restore` finds that out, and says so
+                return dict(self._manager.restore(step, args=args.Composite(card=args.JsonRestore()))["card"])
+        return None
+
+    def restore(self, like: Any) -> Restored | None:
+        """The latest checkpoint that reads back as it was saved, laid out as `like` (shapes with shardings); None where
+        there is none at all.
+
+        A damaged one is reported, moved to `damaged/` and passed over for the one before it. Raises
+        NoUsableCheckpointError where all are damaged: that is for a person to decide, not to begin anew.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._read(step, like)
+            except Exception as error:  # whatever a damaged file makes orbax raise
+                self._set_aside(step, error)
+        if steps:
+            raise NoUsableCheckpointError(
+                f"{self._folder}: none of the checkpoints {', '.join(map(str, steps))} can be read whole; they lie in "
+                f"{_DAMAGED}/ there: begin anew with another --out, or delete that folder"
+            )
+        return None
+
+    def _read(self, step: int, like: Any) -> Restored:
+        args = self._ocp.args
+        found = self._manager.restore(
+            step, args=args.Composite(state=args.StandardRestore(like), card=args.JsonRestore())
+        )
+        card = dict(found["card"])
+        saved, (now, _) = card.pop("fingerprints"), fingerprints(found["state"])
+        for name in saved | now:
+            if saved.get(name) != now.get(name):
+                raise ValueError(f"{name} is not what was saved ({now.get(name)}, saved as {saved.get(name)})")
+        return Restored(step, found["state"], card)
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        print(
+            f"WARNING: checkpoint {self._folder / str(step)} is damaged and is passed over for the one before it: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        self._manager.close()
+        if jax.process_index() == 0:
+            (self._folder / _DAMAGED).mkdir(exist_ok=True)
+            target = self._folder / _DAMAGED / str(step)
+            number = 1
+            while target.exists():
+                number += 1
+                target = self._folder / _DAMAGED / f"{step}-{number}"
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / str(step)).rename(target)
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager = self._open()
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def fingerprints(tree: Any) -> tuple[dict[str, str], bool]:
+    """A checksum of each leaf by its path, with dtype and shape, and whether all numbers are finite.
+
+    Computed where the leaf lies and the same however it is sharded: the bits of each element, weighed by an odd number
+    made from its place, summed as whole numbers modulo 2**32. Any one changed element changes it.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
+    shapes = shapes_of(tree)
+    prints = {name: f"{shapes[name]}{int(total):08x}" for name, (total, _) in zip(shapes, sums, strict=True)}
+    return prints, all(bool(finite) for _, finite in sums)
+
+
+def shapes_of(tree: Any) -> dict[str, str]:
+    """Each leaf's dtype and shape by its path, as a fingerprint begins."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}:" for path, leaf in leaves}
+
+
+@functools.partial(jax.jit)
+def _checksum(leaf: Array) -> tuple[Array, Array]:
+    finite = jnp.all(jnp.isfinite(leaf)) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.array(True)
+    if leaf.dtype == jnp.bool_:
+        leaf = leaf.astype(jnp.uint8)
+    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
+    if leaf.dtype.itemsize not in kinds:
+        raise TypeError(f"a leaf of {leaf.dtype} has no checksum")
+    bits = lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize]).astype(jnp.uint32)
+    weight = jnp.ones(leaf.shape, jnp.uint32)
+    for axis in range(leaf.ndim):
+        place = lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        weight = (weight ^ (place + jnp.uint32(1))) * jnp.uint32(0x9E3779B1)
+        weight = weight ^ (weight >> jnp.uint32(15))
+    return jnp.sum(bits * (weight | jnp.uint32(1)), dtype=jnp.uint32), finite

@@ -1,0 +1,434 @@
+"""From flags to a run that is ready to begin: all input is looked at before weights are loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import recyc_jax as rj
+from eval import backend, command, documents
+from recyc_jax import pretrained, sharding
+from recyc_jax.attention import training
+from recyc_jax.attention.training import Recycle
+from train import data, evaluate, forward, step
+from train.checkpoint import Card, Checkpoints, shapes_of
+
+if TYPE_CHECKING:
+    from train.continued_pretrain import Config
+
+
+class Plan(NamedTuple):
+    """What a run needs; no array is on a device yet."""
+
+    config: Config
+    folder: Path  # of the model
+    model: rj.LlamaConfig
+    mesh: Mesh
+    rows: Any  # data.Windows or data.Packed
+    held_out: evaluate.HeldOut | None
+    optimizer: step.Optimizer
+    attention: str  # the implementation of causal attention
+    compute_dtype: Any
+    card: Card  # what made the run; every checkpoint carries it
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, naming the flag, for what can be told from flags alone."""
+    command.check_counts(
+        length=config.length,
+        stride=config.stride,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        save_every=config.save_every,
+        keep=config.keep,
+        max_bad_steps=config.max_bad_steps,
+        fsdp=config.fsdp,
+        tensor=config.tensor,
+        dense_prefix=config.dense_prefix,
+        eval_sequences=config.eval_sequences,
+        eval_batch_size=config.eval_batch_size,
+        eval_new_tokens=config.eval_new_tokens,
+        log_every=config.log_every,
+    )
+    for name, value in (
+        ("warmup-steps", config.warmup_steps),
+        ("eval-every", config.eval_every),
+        ("steps", config.steps),
+    ):
+        if value < 0:
+            raise ValueError(f"--{name} {value} must not be negative")
+    for name, number in (
+        ("learning-rate", config.learning_rate),
+        ("weight-decay", config.weight_decay),
+        ("clip", config.clip),
+        ("z-loss", config.z_loss),
+        ("epochs", config.epochs),
+    ):
+        if not 0 <= number < float("inf"):
+            raise ValueError(f"--{name} {number} must be a number of at least 0")
+    if not 0 <= config.held_out < 1:
+        raise ValueError(f"--held-out {config.held_out} must lie in 0..1")
+    if config.length < 2:
+        raise ValueError(f"--length {config.length} must be at least 2: a row's first token predicts the second")
+    recycle_of(config)
+    if config.held_out:
+        length = eval_length(config)
+        command.check_policies(config.eval_policies, [length])
+        if config.eval_new_tokens >= length:
+            raise ValueError(f"--eval-new-tokens {config.eval_new_tokens} leaves no context of --eval-length {length}")
+    if config.batch_size % config.accumulate:
+        raise ValueError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
+    given = [value is not None for value in (config.coordinator, config.processes, config.process_id)]
+    if any(given) and not all(given):
+        raise ValueError("--coordinator, --processes and --process-id belong together")
+    for flag, library in ((config.tensorboard, "tensorboardX"), (config.wandb is not None, "wandb")):
+        if flag and not _installed(library):
+            raise ValueError(f"--{library.lower().rstrip('x')} needs the package {library}: pip install {library}")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        probe = config.out / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {config.out}: {error.strerror}") from None
+
+
+def _installed(library: str) -> bool:
+    try:
+        metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def eval_length(config: Config) -> int:
+    return config.length if config.eval_length is None else config.eval_length
+
+
+def recycle_of(config: Config) -> Recycle | None:
+    """The form that `--recycle` names; None for ordinary training. Raises ValueError for rows that it does not fit."""
+    if config.recycle == "off":
+        return None
+    budget = config.budget
+    if isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budget {budget}: a fraction must lie in 0..1; a count has no point")
+        budget = max(1, int(budget * config.length))
+    # the policy's own checks of its numbers
+    policy = rj.RecycledAttention(budget, rj.FixedStride(config.stride), config.pool, config.lookahead, config.evict)
+    common = {"budget": policy.budget, "pool": policy.pool, "lookahead": config.lookahead}
+    if config.recycle == "strided":
+        if config.dense_prefix >= config.length:
+            raise ValueError(f"--dense-prefix {config.dense_prefix} leaves nothing of --length {config.length}")
+        return Recycle(config.dense_prefix, config.stride, evict=config.evict, **common)
+    if config.evict or config.dense_prefix != 1:
+        raise ValueError("--evict and --dense-prefix belong to --recycle strided; the paper's form has neither")
+    if config.stride >= config.length:
+        raise ValueError(f"--stride {config.stride} leaves no context of --length {config.length}")
+    return Recycle(config.length - config.stride, config.stride + 1, **common)
+
+
+def connect(config: Config) -> None:
+    """Settle the backend, and join the run's other processes. Raises ValueError for hardware that isn't there."""
+    if config.cluster or config.coordinator is not None:
+        if config.backend == "cpu":
+            jax.config.update("jax_platforms", "cpu")
+        try:
+            jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the run's processes did not find each other: {str(error).splitlines()[0]}") from None
+    backend.select(config.backend)
+
+
+# --- making ----------------------------------------------------------------------------------------------------------
+
+
+def make(config: Config) -> Plan:
+    """Model, mesh and data of a run. Raises ValueError naming what does not fit."""
+    folder = pretrained.resolve(config.model)
+    model = pretrained.read_config(folder)
+    lengths = [config.length, eval_length(config)] if config.held_out else [config.length]
+    command.check_context(lengths, model.max_position_embeddings, config.allow_beyond_context)
+    mesh = _mesh(config, model)
+    tokenizer = pretrained.load_tokenizer(folder)
+    domains = [documents.load(spec) for spec in command.split("--data", config.data)]
+    corpus = data.tokenize(domains, tokenizer, config.out / "tokens")
+    if corpus.tokens.size and int(corpus.tokens.max()) >= model.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer makes ids beyond the model's vocabulary of {model.vocab_size}")
+    kept, held = data.hold_out(corpus, config.held_out, eval_length(config), config.seed)
+    packed = config.recycle == "off" and config.pack
+    rows = (
+        data.Packed(corpus, kept, config.length, config.seed) if packed else data.Windows(corpus, kept, config.length)
+    )
+    if len(rows) < config.batch_size:
+        longest = max((int(corpus.lengths[number]) for number in kept), default=0)
+        raise ValueError(
+            f"--data {config.data}: {len(rows)} rows of --length {config.length} are fewer than --batch-size "
+            f"{config.batch_size} (the longest document to train on has {longest} tokens)"
+        )
+    steps = config.steps or max(1, int(config.epochs * len(rows)) // config.batch_size)
+    held_out = None
+    if held:
+        held_out = evaluate.windows(corpus, held, eval_length(config), config.eval_sequences, config.seed)
+    optimizer = step.Optimizer(
+        config.learning_rate,
+        config.schedule,
+        min(config.warmup_steps, steps),
+        steps,
+        config.weight_decay,
+        config.clip,
+        config.optimizer,
+        config.b1,
+        config.b2,
+        config.moment_dtype,
+    )
+    dtype = command.dtype_name(config.dtype)
+    attention = _attention(config, model, dtype, packed)
+    card = {
+        "model": {"name": config.model, "weights": _weights_fingerprint(folder)},
+        "data": {
+            "sources": {domain.name: domain.source for domain in domains},
+            "tokens": corpus.fingerprint,
+            "packed": packed,
+            "held_out": [corpus.names[number] for number in held],
+            "seed": config.seed,
+            "rows": len(rows),
+        },
+        "recycle": None if (recycle := recycle_of(config)) is None else recycle._asdict(),
+        "training": {
+            "length": config.length,
+            "batch_size": config.batch_size,
+            "accumulate": config.accumulate,
+            **dataclasses.asdict(optimizer),
+            "z_loss": config.z_loss,
+            "dtype": dtype,
+        },
+        "mesh": dict(mesh.shape),
+        "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+    }
+    card["config_hash"] = hashlib.sha256(json.dumps(identity(card), sort_keys=True).encode()).hexdigest()[:16]
+    return Plan(
+        config,
+        folder,
+        model,
+        mesh,
+        rows,
+        held_out,
+        optimizer,
+        attention,
+        jnp.dtype(dtype),
+        json.loads(json.dumps(card)),
+    )
+
+
+def identity(card: Card) -> Card:
+    """What a resumed run must have in common with its checkpoints: all but where it runs."""
+    return {name: card.get(name) for name in ("model", "data", "recycle", "training")}
+
+
+def differences(before: Card, now: Card) -> list[str]:
+    """The settings in which two cards differ, as `name was X and is Y now`."""
+    found = []
+    for part, settings in identity(now).items():
+        old = before.get(part)
+        if not isinstance(settings, dict) or not isinstance(old, dict):
+            if old != settings:
+                found.append(f"{part} was {old!r} and is {settings!r} now")
+            continue
+        for name in settings | old:
+            if old.get(name) != settings.get(name):
+                found.append(f"{part}'s {name} was {old.get(name)!r} and is {settings.get(name)!r} now")
+    return found
+
+
+def _mesh(config: Config, model: rj.LlamaConfig) -> Mesh:
+    devices = jax.device_count()
+    parts = config.fsdp * config.tensor
+    if devices % parts:
+        raise ValueError(
+            f"--fsdp {config.fsdp} x --tensor {config.tensor} = {parts} does not divide the {devices} devices there are"
+        )
+    sharding.check_divides(model, config.fsdp, config.tensor)
+    micro, row_parts = config.batch_size // config.accumulate, devices // config.tensor
+    if micro % row_parts:
+        raise ValueError(
+            f"--batch-size {config.batch_size} in --accumulate {config.accumulate} parts is {micro} rows at once, which "
+            f"{row_parts} devices cannot share evenly"
+        )
+    return sharding.mesh(devices // parts, config.fsdp, config.tensor)
+
+
+def _attention(config: Config, model: rj.LlamaConfig, dtype: str, packed: bool) -> str:
+    """The implementation of causal attention, by a rule that is said once."""
+    able = {
+        "a GPU": jax.default_backend() == "gpu",
+        "a 16-bit dtype": dtype == "bfloat16",
+        "one document a row": not packed,
+        "a head dimension of at most 128": model.head_dim <= 128,
+    }
+    lacking = [name for name, there in able.items() if not there]
+    if config.attention == "cudnn" and lacking:
+        raise ValueError(f"--attention cudnn needs {' and '.join(lacking)}")
+    if config.attention != "auto":
+        return config.attention
+    return "reference" if lacking else "cudnn"
+
+
+def _weights_fingerprint(folder: Path) -> str:
+    """Of config and weight files: their sizes and beginnings (a safetensors file's header, and the first tensor)."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+def abstract_state(plan: Plan) -> step.TrainState:
+    """The state's shapes and where each leaf lies."""
+
+    def initial() -> step.TrainState:
+        params = rj.init_params(plan.model, jax.random.key(0))
+        return step.start(forward.stack_layers(params, plan.model.num_hidden_layers), plan.optimizer)
+
+    shapes = jax.eval_shape(initial)
+    places = sharding.shardings(shapes, plan.mesh)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+
+
+def abstract_batch(plan: Plan) -> dict[str, Any]:
+    at = NamedSharding(plan.mesh, PartitionSpec(sharding.ROWS))
+    shape = (plan.config.batch_size, plan.config.length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at) for name in plan.rows[0]}
+
+
+def compiled_step(plan: Plan, state: Any) -> Any:
+    """The training step, compiled for these shapes and places."""
+    dense = {"reference": training.causal, "cudnn": training.causal_cudnn}[plan.attention]
+    recycle = recycle_of(plan.config)
+
+    def attend(q: Any, k: Any, v: Any, segments: Any) -> Any:
+        return dense(q, k, v, segments) if recycle is None else training.recycled(q, k, v, recycle, dense)
+
+    taken = functools.partial(
+        step.train_step,
+        config=plan.model,
+        optimizer=plan.optimizer,
+        attention=step.attention_over(plan.mesh, attend),
+        mesh=plan.mesh,
+        accumulate=plan.config.accumulate,
+        compute_dtype=plan.compute_dtype,
+        remat=plan.config.remat,
+        z_loss=plan.config.z_loss,
+    )
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(taken, donate_argnums=0, out_shardings=(places, NamedSharding(plan.mesh, PartitionSpec())))
+    return jitted.lower(state, abstract_batch(plan)).compile()
+
+
+def load_state(plan: Plan) -> step.TrainState:
+    """The state before the first step, from the model's weights; read on the host, then placed."""
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        params = pretrained.load_params(plan.folder, plan.model, jnp.float32)
+        stacked = jax.tree.map(np.asarray, forward.stack_layers(params, plan.model.num_hidden_layers))
+    like = abstract_state(plan)
+
+    def place(leaf: np.ndarray, target: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, target.sharding, lambda index: leaf[index])
+
+    placed = jax.tree.map(place, stacked, like.params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(lambda params: step.start(params, plan.optimizer), donate_argnums=0, out_shardings=places)(placed)
+
+
+def describe(plan: Plan) -> int:
+    """Print what a run would be. Compiles the step; allocates nothing."""
+    state = abstract_state(plan)
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
+    memory = compiled_step(plan, state).memory_analysis()
+    config, mesh = plan.config, plan.mesh
+    per_step = config.batch_size * config.length
+    device = mesh.devices.flat[0]
+    lines = {
+        "mesh": " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        + f" on {mesh.size} x {device.device_kind}",
+        "parameters": f"{count:,}",
+        "recycle": "off" if (recycle := recycle_of(config)) is None else f"{config.recycle}, {recycle}",
+        "attention": plan.attention,
+        "rows": f"{len(plan.rows):,} of {config.length} tokens" + (", packed" if plan.card["data"]["packed"] else ""),
+        "held out": "nothing"
+        if plan.held_out is None
+        else f"{len(plan.held_out.tokens)} windows of {eval_length(config)}",
+        "steps": f"{plan.optimizer.steps:,}, {per_step:,} tokens each",
+    }
+    if memory is not None:
+        gib = 1 << 30
+        lines["memory a device"] = (
+            f"{memory.argument_size_in_bytes / gib:.2f} GiB state and batch, {memory.temp_size_in_bytes / gib:.2f} GiB "
+            "while a step is worked on"
+        )
+    for name, value in lines.items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def open_run(plan: Plan) -> Callable[[], int]:
+    """Claim the folder, and load the latest checkpoint or the weights; the loop is returned."""
+    import fcntl
+
+    from train import loop
+
+    config = plan.config
+    if jax.process_index() == 0:
+        lock = os.open(config.out / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: locked until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ValueError(f"--out {config.out}: another run is writing there") from None
+    checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
+    restored = None
+    if checkpoints.steps():
+        like = abstract_state(plan)
+        before = checkpoints.latest_card()
+        if before is not None:
+            _check_same(config, before, plan.card, like)
+        restored = checkpoints.restore(like)
+    state = load_state(plan) if restored is None else restored.state
+    return lambda: loop.run(plan, checkpoints, state, None if restored is None else restored.card)
+
+
+def _check_same(config: Config, before: Card, now: Card, like: Any) -> None:
+    """Raise ValueError where checkpoints of the card `before` are not this run's, or (even forced) not of its shapes."""
+    if not config.force and (found := differences(before, now)):
+        raise ValueError(
+            f"--out {config.out} holds a run of another configuration: {found[0]}; choose another --out, or go on all "
+            "the same with --force"
+        )
+    saved, here = (
+        {name: entry.rpartition(":")[0] for name, entry in prints.items()}
+        for prints in (before["fingerprints"], shapes_of(like))
+    )
+    for name in here | saved:
+        if here.get(name) != saved.get(name):
+            raise ValueError(
+                f"--out {config.out} holds checkpoints of another shape: {name} was {saved.get(name)} and is "
+                f"{here.get(name)} now; choose another --out"
+            )
