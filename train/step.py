@@ -145,10 +145,11 @@ def train_step(
     (grads, loss, tokens), _ = lax.scan(add, nothing, parts)
     share = 1 / jnp.maximum(tokens, 1)
     grads = jax.tree.map(lambda grad: grad * share, grads)
-    norm = optax.global_norm(grads)
+    norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in jax.tree.leaves(grads)))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    updates, new_optimizer = optimizer.make().update(grads, state.optimizer, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes; everything of ours runs under strict promotion
+        updates, new_optimizer = optimizer.make().update(grads, state.optimizer, state.params)
     made = (optax.apply_updates(state.params, updates), new_optimizer)
     params, kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, (state.params, state.optimizer))
     missed = (~finite).astype(jnp.int32)
