@@ -42,14 +42,11 @@ def test_stacking_is_undone(params, config):
 @pytest.mark.parametrize(
     ("prefix", "stride", "budget", "pool", "lookahead", "evict"),
     [
-        (1, 5, 8, 7, 0, True),
         (1, 5, 8, 7, 0, False),
         (9, 4, 6, 3, 3, True),
         (30, 10, 5, 7, 9, False),
         (30, 10, 5, 1, 0, True),  # the stride exceeds the budget: the oldest new tokens leave
-        (7, 1, 3, 7, 0, True),
         (1, 12, 1, 7, 0, True),
-        (20, 100, 16, 7, 0, True),
     ],
 )
 def test_the_strided_form_is_score_token_by_token(params, config, prefix, stride, budget, pool, lookahead, evict):
@@ -60,7 +57,7 @@ def test_the_strided_form_is_score_token_by_token(params, config, prefix, stride
     np.testing.assert_allclose(got[:, prefix - 1 :], expected, atol=2e-4)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(st.data())
 def test_any_strided_form_is_score(params, config, data):
     any_strided_form(params, config, data)
@@ -86,7 +83,7 @@ def any_strided_form(params, config, data):
     np.testing.assert_allclose(got[:, prefix - 1 :], expected, atol=2e-4)
 
 
-@pytest.mark.parametrize(("stride", "later"), [(10, 10), (10, 25), (26, 26)])
+@pytest.mark.parametrize(("stride", "later"), [(10, 10), (26, 40)])
 def test_the_paper_form_is_score_without_refresh(params, config, stride, later):
     """Causal for L tokens, then `stride` tokens over the last prefix token's top keys and the local ones (section 5)."""
     width, budget = 57, 6

@@ -404,14 +404,18 @@ def open_run(plan: Plan) -> Callable[[], int]:
             os.close(lock)
             raise ValueError(f"--out {config.out}: another run is writing there") from None
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
-    restored = None
-    if checkpoints.steps():
-        like = abstract_state(plan)
-        before = checkpoints.latest_card()
-        if before is not None:
-            _check_same(config, before, plan.card, like)
-        restored = checkpoints.restore(like)
-    state = load_state(plan) if restored is None else restored.state
+    try:
+        restored = None
+        if checkpoints.steps():
+            like = abstract_state(plan)
+            before = checkpoints.latest_card()
+            if before is not None:
+                _check_same(config, before, plan.card, like)
+            restored = checkpoints.restore(like)
+        state = load_state(plan) if restored is None else restored.state
+    except BaseException:
+        checkpoints.close()
+        raise
     return lambda: loop.run(plan, checkpoints, state, None if restored is None else restored.card)
 
 
