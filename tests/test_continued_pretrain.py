@@ -183,7 +183,9 @@ def test_damaged_checkpoints_alone_end_the_run(command, straight, tmp_path):
         damage(out, step, "torn")
     done = finish(command(out))
     assert done.returncode == 2
-    assert "none of the checkpoints 4, 8, 12 can be read whole" in done.stderr.splitlines()[-1]
+    # not always the last line: orbax may leave words of its own about the reads that it gave up
+    assert "error: " in done.stderr
+    assert "none of the checkpoints 4, 8, 12 can be read whole" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ORDER = [  # each module may import from lines above its own
     {"recyc_jax.config", "recyc_jax.fetch", "recyc_jax.sampling"},
-    {"recyc_jax.rope", "recyc_jax.prompts", "recyc_jax.gguf_tokenizer"},
+    {"recyc_jax.rope", "recyc_jax.prompts", "recyc_jax.gguf_tokenizer", "recyc_jax.sharding"},
     {"recyc_jax.cache", "recyc_jax.gguf_convert"},
     {"recyc_jax.attention.reference", "recyc_jax.attention.select"},
     {"recyc_jax.attention.api", "recyc_jax.attention.training"},
@@ -23,7 +23,7 @@ ORDER = [  # each module may import from lines above its own
     {"recyc_jax.policies.registry"},
     {"recyc_jax.model"},
     {"recyc_jax.prefill", "recyc_jax.pretrained"},
-    {"recyc_jax.decode"},
+    {"recyc_jax.decode", "recyc_jax.export"},
     {"recyc_jax"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

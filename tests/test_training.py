@@ -343,6 +343,8 @@ def test_exchanged_elements_and_dtypes_change_the_fingerprint():
     assert fingerprints(state)[0] == fingerprints(jax.tree.map(jnp.copy, state))[0]
 
 
+# orbax leaves the reads of the other leaves unawaited where one fails; when they are collected is chance
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_what_orbax_restores_without_a_word_is_found_out(tmp_path):
     """A later checkpoint whose numbers are not those that its card tells of, as after a flipped bit."""
     state = small_state()
@@ -379,6 +381,8 @@ def test_states_that_are_not_finite_are_not_saved(tmp_path):
     kept.close()
 
 
+# orbax leaves the reads of the other leaves unawaited where one fails; when they are collected is chance
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_usable_checkpoint_is_an_error_not_a_new_beginning(tmp_path):
     state = small_state()
     kept = Checkpoints(tmp_path / "kept", 3)
