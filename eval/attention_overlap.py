@@ -268,16 +268,16 @@ def _plot_covered(path: Path, covered: dict[str, Any], names: list[str]) -> None
     """Mean over layers against steps, a panel a source."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(covered), 4), layout="constrained")
-    for axes, (source, values) in zip(figure.subplots(1, len(covered), squeeze=False)[0], covered.items(), strict=True):
+    figure = Figure(figsize=(3.4 * len(covered), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(covered), squeeze=False, sharey=True)[0]
+    for axes, (source, values) in zip(panels, covered.items(), strict=True):
         steps = range(1, values.shape[1] + 1)
         for place, name in enumerate(names):
             axes.plot(steps, 100 * values[..., place].mean(axis=0), label=name, ls="--" if name == IDEAL else "-")
         axes.set_title(source)
         axes.set_xlabel("steps since the set was chosen")
-        axes.set_ylabel("attention on the set, percent")
-        axes.set_ylim(0, 102)
-        axes.legend(fontsize=7)
+    panels[0].set_ylabel("attention on the set, percent")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -298,23 +298,25 @@ def _plot_layers(path: Path, covered: dict[str, Any], names: list[str]) -> None:
             axes.set_xlabel("steps", fontsize=7)
             axes.set_ylabel("layer", fontsize=7)
     figure.colorbar(image, ax=grid.ravel().tolist(), label="attention missed, percent")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=80)
 
 
 def _plot_strides(path: Path, strides: dict[str, dict[str, list[float | None]]]) -> None:
     """Effective stride by layer."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, by_source in strides.items():
+    figure = Figure(figsize=(7, 1 + 2.4 * len(strides)), layout="constrained")
+    panels = figure.subplots(len(strides), 1, squeeze=False, sharex=True, sharey=True)[:, 0]
+    for axes, (name, by_source) in zip(panels, strides.items(), strict=True):
         for source, layers in by_source.items():
             known = [(layer, stride) for layer, stride in enumerate(layers) if stride is not None]
-            axes.plot(*zip(*known, strict=True), marker="o", ms=3, label=f"{name}, {source}") if known else None
-    axes.set_yscale("log")
-    axes.set_xlabel("layer")
-    axes.set_ylabel("decode steps per full step")
-    axes.legend(fontsize=7)
+            if known:
+                axes.plot(*zip(*known, strict=True), marker="o", ms=3, label=source)
+        axes.set_title(name, fontsize=8)
+        axes.set_yscale("log")
+        axes.set_ylabel("steps per full step")
+    panels[-1].set_xlabel("layer")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=150)
 
 
