@@ -62,31 +62,37 @@ class GroupMean(RecycledAttention):
 
 
 class _Mean:
+    """An implementation whose scores are means over the group."""
+
     def __init__(self, attention: Any) -> None:
-        self.full, self.selected = attention.full, attention.selected
-        self._weights = attention.full_with_weights
+        self._attention = attention
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
 
     def full_with_scores(self, *arrays: Any) -> Any:
-        out, weights = self._weights(*arrays)
+        out, weights = self._attention.full_with_weights(*arrays)
         return out, jnp.log(jnp.maximum(jnp.mean(weights, axis=2), 1e-37))
 
 
-def _from_options(kind: type[RecycledAttention], **extra: Any) -> Any:
-    def make(options: Any) -> RecycledAttention:
-        own = {name: read(options.values.pop(name)) for name, read in extra.items() if name in options.values}
-        schedule = registry._schedule(options)
-        if own.pop("early", False):
-            schedule = EarlyStride(schedule.period)
-        return kind(options.budget(), schedule, options.integer("pool", 7), options.lookahead(), **own)
-
-    return make
+def _early(options: Any) -> RecycledAttention:
+    schedule, lookahead = EarlyStride(registry._schedule(options).period), options.lookahead()
+    if lookahead == "auto":
+        lookahead = schedule.stride - 1
+    return RecycledAttention(options.budget(), schedule, options.integer("pool", 7), lookahead)
 
 
-IDEAS = {
-    "idea_early": _from_options(RecycledAttention, early=bool),
-    "idea_layers": _from_options(LayerBudgets, slope=float),
-    "idea_mean": _from_options(GroupMean),
-}
+def _layers(options: Any) -> RecycledAttention:
+    slope = float(options.values.pop("slope", 0.5))
+    rest = options.budget(), registry._schedule(options), options.integer("pool", 7), options.lookahead()
+    return LayerBudgets(*rest, slope=slope)
+
+
+def _mean(options: Any) -> RecycledAttention:
+    return GroupMean(options.budget(), registry._schedule(options), options.integer("pool", 7), options.lookahead())
+
+
+IDEAS = {"idea_early": _early, "idea_layers": _layers, "idea_mean": _mean}
 
 
 def main(args: list[str] | None = None) -> int:
