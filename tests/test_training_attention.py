@@ -199,6 +199,18 @@ def test_no_array_of_length_times_length_is_made():
     assert max(sizes) < width * width / 8
 
 
+@pytest.mark.parametrize("remat", ["full", "dots", "none"])
+def test_the_gradient_does_not_select_again(config, remat):
+    shapes = jax.eval_shape(lambda: forward.stack_layers(rj.init_params(config, jax.random.key(0)), 2))
+    tokens = jax.ShapeDtypeStruct((1, 48), jnp.int32)
+
+    def loss(params, tokens):
+        return jnp.sum(forward.token_losses(params, config, tokens, None, recycled(Recycle(1, 8, 16)), remat=remat))
+
+    names = [equation.primitive.name for equation in _equations(jax.make_jaxpr(jax.grad(loss))(shapes, tokens).jaxpr)]
+    assert names.count("top_k") == 1  # in the scan over layers, in the loop over blocks
+
+
 def _equations(jaxpr):
     for equation in jaxpr.eqns:
         yield equation

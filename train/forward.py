@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from recyc_jax import model, rope
+from recyc_jax.attention.training import SELECTION
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Heads, Params
 
@@ -98,10 +99,9 @@ def _hidden_states(
         out: Any = block.apply({"params": layer_params}, x, cos, sin, attend, None)
         return place(out[0]), None
 
-    policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
+    kept = jax.checkpoint_policies.save_only_these_names(SELECTION)
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = {"full": kept, "dots": jax.checkpoint_policies.save_from_both_policies(kept, dots)}
     if remat != "none":
         layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)  # a scan is boundary enough
     x, _ = lax.scan(layer, x, params["layers"])

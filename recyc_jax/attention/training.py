@@ -16,9 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from recyc_jax.attention import reference, select
+
+SELECTION = "recycled_selection"
+"""The name of the selected slots, for rematerialisation: they are small, and ranking again is dear."""
 
 QUERY_BLOCK = 512
 """Queries that are worked on at once: bounds the logits in memory to this many rows of T."""
@@ -120,7 +124,7 @@ def _segments(q: Array, k: Array, v: Array, first: int, recycle: Recycle) -> Flo
             values.narrow(),
             jnp.broadcast_to(visible[:, None], (at_once, q.shape[0], width)),
         )
-        slots = _ranked(lax.stop_gradient(scores), visible, recycle)
+        slots = checkpoint_name(_ranked(lax.stop_gradient(scores), visible, recycle), SELECTION)
         local = new_keys[:, :, 1:], new_values[:, :, 1:]
         partial = _partial(queries[:, :, 1:], keys, values, slots, *local, recycle.evict)
         return jnp.concatenate([out[:, :, None], partial], axis=2)
@@ -214,5 +218,6 @@ def _unblock(x: Array, width: int) -> Array:
 
 
 def _map(attend: Callable[[Any], Array], blocks: Any) -> Array:
-    """`attend` of one block after the other; its insides are made again for the gradient."""
-    return lax.map(jax.checkpoint(attend), blocks)
+    """`attend` of one block after the other; its insides, but for the selection, are made again for the gradient."""
+    keep = jax.checkpoint_policies.save_only_these_names(SELECTION)
+    return lax.map(jax.checkpoint(attend, policy=keep), blocks)
