@@ -1,0 +1,99 @@
+"""Training on a real GPU: its attention against the plain one, and a run that is killed and gone on with."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import checkpoints
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from recyc_jax.attention import training
+from recyc_jax.attention.training import Recycle
+
+pytestmark = pytest.mark.gpu
+
+
+def heads(dtype, width=1000):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(2, width, n, 64) for n in (8, 2, 2, 8)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def value_and_grads(attend, q, k, v, weights):
+    def loss(q, k, v):
+        out = attend(q, k, v)
+        return jnp.sum((out * weights).astype(jnp.float32)), out
+
+    (_, out), grads = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+    return out, *grads
+
+
+def assert_near(found, expected):
+    """Within bfloat16's rounding of sums of a thousand: two thousandths of the largest value, and a few of each."""
+    for mine, theirs in zip(found, expected, strict=True):
+        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(mine, theirs, atol=0.02 * np.abs(theirs).max())
+
+
+def test_cudnn_is_causal_attention():
+    arrays = heads(jnp.bfloat16)
+    assert_near(value_and_grads(training.causal_cudnn, *arrays), value_and_grads(training.causal, *arrays))
+
+
+@pytest.mark.parametrize("recycle", [Recycle(1, 50, 128), Recycle(950, 51, 128), Recycle(300, 20, 64, evict=True)])
+def test_recycled_attention_in_bfloat16_is_that_in_float32_where_it_selects_alike(recycle):
+    """A budget as long as the row leaves nothing to choice: rounding cannot change what is selected."""
+    everything = recycle._replace(budget=1000)
+    q, k, v, weights = heads(jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, weights)]
+    found = value_and_grads(lambda q, k, v: training.recycled(q, k, v, everything), q, k, v, weights)
+    expected = value_and_grads(lambda q, k, v: training.recycled(q, k, v, everything), *wide)
+    assert_near(found, expected)
+    dense = training.recycled(q, k, v, recycle, training.causal_cudnn)
+    assert_near([dense], [training.recycled(q, k, v, recycle)])
+
+
+def test_a_killed_run_goes_on_with_the_same_bits_under_deterministic(tmp_path):
+    checkpoints.write_folder(tmp_path / "model", context=512)
+    texts, draw, words = tmp_path / "texts", random.Random(0), checkpoints.TEXT.split()
+    texts.mkdir()
+    for number in range(8):
+        (texts / f"document{number}.txt").write_text(" ".join(draw.choice(words) for _ in range(160)))
+    command = [sys.executable, "-m", "train.continued_pretrain", "--model", tmp_path / "model", "--data", f"t={texts}"]
+    command += ["--length", 64, "--stride", 12, "--batch-size", 8, "--steps", 40, "--save-every", 4, "--held-out", 0]
+    command += ["--recycle", "strided", "--no-export", "--deterministic", "--backend", "gpu", "--out"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+    def start(out):
+        return subprocess.Popen(
+            list(map(str, [*command, out])),
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    straight = start(tmp_path / "straight")
+    assert straight.wait(timeout=300) == 0, straight.communicate()
+    killed, rows = start(tmp_path / "killed"), tmp_path / "killed" / "metrics.jsonl"
+    while not rows.exists() or rows.read_bytes().count(b"\n") < 10:
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.001)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    resumed = start(tmp_path / "killed")
+    assert resumed.wait(timeout=300) == 0, resumed.communicate()
+    cards = [
+        json.loads((tmp_path / out / "checkpoints" / "40" / "card" / "metadata").read_text())
+        for out in ("straight", "killed")
+    ]
+    assert cards[0]["fingerprints"] == cards[1]["fingerprints"]
