@@ -1,5 +1,6 @@
 """Every test runs under strict dtype promotion, with shapes and dtypes of annotated functions checked at run time."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -48,6 +49,28 @@ def unchecked():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Commands that tests start share their compiled programs, which most of their time goes to. (This process has read its
+    own settings already.)"""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield
+
+
+@pytest.fixture
+def call_module(capsys):
+    """As `run_module`, without a process of its own: for what ends before there is work."""
+
+    def call(module, *args):
+        status = importlib.import_module(module).main(list(map(str, args)))
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess([module, *args], status, said.out, said.err)
+
+    return call
 
 
 @pytest.fixture

@@ -99,8 +99,8 @@ def test_the_command(model, run_module, tmp_path):
         (("--sources", "ruler:nothing"), "'nothing' is unknown"),
     ],
 )
-def test_bad_flags_end_in_one_line(model, run_module, tmp_path, flags, message):
-    done = run_module("eval.attention_overlap", "--model", model, "--out", tmp_path / "out", *flags)
+def test_bad_flags_end_in_one_line(model, call_module, tmp_path, flags, message):
+    done = call_module("eval.attention_overlap", "--model", model, "--out", tmp_path / "out", *flags)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -58,15 +58,6 @@ def command(model, texts):
     return make
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs share their compiled programs, which most of a run's time goes to."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
-
-
 def environment(**more):
     return os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | more
 
@@ -318,13 +309,11 @@ def count_of(config):
     ],
     ids=str,
 )
-def test_bad_input_ends_in_one_line(command, tmp_path, flags, message, capsys):
-    from train import continued_pretrain
-
-    assert continued_pretrain.main(command(tmp_path / "run", **flags)[3:]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert len(said.strip().splitlines()) == 1
+def test_bad_input_ends_in_one_line(command, call_module, tmp_path, flags, message):
+    done = call_module("train.continued_pretrain", *command(tmp_path / "run", **flags)[3:])
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_bad_input_ends_a_process_with_status_2(command, tmp_path):

@@ -143,8 +143,8 @@ def test_a_killed_run_goes_on(finished, model, run_module, tmp_path):
         ({"backend": "tpu"}, "--backend tpu: "),
     ],
 )
-def test_bad_flags_end_in_one_line(model, run_module, tmp_path, options, message):
-    done = run_module(*command(model, tmp_path / "out", **options))
+def test_bad_flags_end_in_one_line(model, call_module, tmp_path, options, message):
+    done = call_module(*command(model, tmp_path / "out", **options))
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

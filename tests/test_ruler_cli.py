@@ -25,6 +25,16 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def ruler(run_module, model, tmp_path):
+    return ruler_by(run_module, model, tmp_path)
+
+
+@pytest.fixture
+def refused(call_module, model, tmp_path):
+    """`ruler` for input that ends before there is work."""
+    return ruler_by(call_module, model, tmp_path)
+
+
+def ruler_by(run_module, model, tmp_path):
     def run(*more, **options):
         default = dict(model=model, tasks=TASKS, lengths="2000", samples=3, batch_size=2, out=tmp_path / "out")
         default["essays"] = model / "essays.txt"
@@ -185,7 +195,7 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path):
         "--lengths",
         2000,
         "--samples",
-        500,
+        3000,
     ]
     command += ["--batch-size", 1, "--out", tmp_path / "out"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -244,8 +254,8 @@ def test_the_chat_template(ruler, tmp_path):
     ],
     ids=str,
 )
-def test_bad_input_ends_with_one_line(ruler, options, culprit):
-    done = ruler(**options)
+def test_bad_input_ends_with_one_line(refused, options, culprit):
+    done = refused(**options)
     assert done.returncode == 2
     assert culprit in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -267,11 +277,11 @@ def test_bad_input_ends_with_one_line(ruler, options, culprit):
     ],
     ids=range(8),
 )
-def test_malformed_samples_are_named(ruler, tmp_path, text, culprit):
+def test_malformed_samples_are_named(refused, tmp_path, text, culprit):
     file = tmp_path / "samples/2000/data/vt/validation.jsonl"
     file.parent.mkdir(parents=True)
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    done = ruler(tasks="vt", data=tmp_path / "samples", essays=None)
+    done = refused(tasks="vt", data=tmp_path / "samples", essays=None)
     assert done.returncode == 2
     assert culprit in done.stderr
     assert not (tmp_path / "out").exists()
