@@ -346,25 +346,34 @@ def test_presets_and_files_are_defaults_that_flags_win_over(tmp_path):
 
 
 def test_two_processes_train_as_one_does(command, straight, tmp_path):
-    """Over gloo, each with one device of a mesh of two that shares the batch."""
-    out, port = tmp_path / "run", 20000 + os.getpid() % 20000
-    processes = [
-        subprocess.Popen(
-            command(
-                out, "--cluster", coordinator=f"localhost:{port}", processes=2, process_id=number, fsdp=2, backend="cpu"
-            ),
-            cwd=ROOT,
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    for process in processes:
+    """Over gloo, each with one device of a mesh of two that shares the batch; one of them is asked to end on the way."""
+    out = tmp_path / "run"
+
+    def start(port):
+        where = dict(coordinator=f"localhost:{port}", processes=2, fsdp=2, backend="cpu")
+        return [
+            subprocess.Popen(
+                command(out, "--cluster", process_id=number, **where),
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(2)
+        ]
+
+    port = 20000 + os.getpid() % 20000
+    first, second = start(port)
+    assert kill_when(second, lambda: lines(out) >= 2, signal.SIGTERM) == 143
+    second.communicate()
+    said, error = first.communicate(timeout=120)
+    assert first.returncode == 143, error
+    assert "SIGTERM: saved step" in said
+    assert lines(out) < STEPS
+    for process in start(port + 1):
         _, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
-    two, one = train_rows(out), train_rows(straight)
-    np.testing.assert_allclose(np.array(two), np.array(one), rtol=1e-4)
+    np.testing.assert_allclose(np.array(train_rows(out)), np.array(train_rows(straight)), rtol=1e-4)
     resumed = finish(command(out))  # by one process: the checkpoint knows nothing of how many wrote it
     assert resumed.returncode == 0, resumed.stderr

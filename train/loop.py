@@ -36,6 +36,11 @@ class _Asked:
         self.number = self.number or number
 
     def look(self) -> None:
+        """Raise _Stop where any of the run's processes was asked: all call this at the same places, and stop together."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            self.number = int(np.max(multihost_utils.process_allgather(np.asarray(self.number or 0)))) or None
         if self.number is not None:
             raise _Stop
 
@@ -117,10 +122,11 @@ class _Loop:
                     if due or taken == steps:
                         self.evaluate(state, taken, last=taken == steps)
         except _Stop:
-            self.save(state, taken)
+            saved = self.save(state, taken)
             self.checkpoints.wait()
             number = self.asked.number or signal.SIGTERM
-            self.say(f"{signal.Signals(number).name}: saved step {taken}; the same command goes on from there")
+            done = f"saved step {taken}; the same command goes on from there" if saved else "nothing new to save"
+            self.say(f"{signal.Signals(number).name}: {done}")
             return 128 + number
         self.finish(state)
         return 0
@@ -141,7 +147,8 @@ class _Loop:
             "step": int(state.step),
             "loss": _number(numbers["loss"]),
             "grad_norm": _number(numbers["grad_norm"]),
-            "learning_rate": float(self.plan.optimizer.rate()(int(state.step) - 1)),
+            # of the update that was made: one that is left out does not move the schedule on
+            "learning_rate": float(self.plan.optimizer.rate()(int(state.step) - 1 - int(state.skipped))),
             "skipped": int(state.skipped),
             "tokens": int(numbers["tokens"]),
             "seconds": round(seconds, 4),
@@ -154,12 +161,15 @@ class _Loop:
             self.say(f"WARNING: step {row['step']}: loss or gradients are not finite; the update is left out")
         return state, row
 
-    def save(self, state: TrainState, taken: int) -> None:
+    def save(self, state: TrainState, taken: int) -> bool:
+        """Whether this step is, or soon will be, on disk."""
         if taken == 0:  # the weights as they were: nothing to keep
-            return
+            return False
         card = self.plan.card | {"step": taken, "position": self.batches.get_state()}
-        if not self.checkpoints.save(taken, state, card):
+        saved = self.checkpoints.save(taken, state, card)
+        if not saved:
             self.say(f"WARNING: step {taken} is not saved: its state holds numbers that are not finite")
+        return saved
 
     def give_up(self, taken: int) -> int:
         if self.first:

@@ -345,7 +345,11 @@ def compiled_step(plan: Plan, state: Any) -> Any:
 
 def load_state(plan: Plan) -> step.TrainState:
     """The state before the first step, from the model's weights; read on the host, then placed."""
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names accelerators alone
+        host = None
+    with jax.default_device(host):
         params = pretrained.load_params(plan.folder, plan.model, jnp.float32)
         stacked = jax.tree.map(np.asarray, forward.stack_layers(params, plan.model.num_hidden_layers))
     like = abstract_state(plan)
