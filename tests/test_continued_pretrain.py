@@ -345,35 +345,48 @@ def test_presets_and_files_are_defaults_that_flags_win_over(tmp_path):
         continued_pretrain._defaults([f"--config={file}"])
 
 
-def test_two_processes_train_as_one_does(command, straight, tmp_path):
-    """Over gloo, each with one device of a mesh of two that shares the batch; one of them is asked to end on the way."""
+@pytest.fixture
+def two_processes(command, free_port):
+    """Starts a run of two processes over gloo, each with one device of a mesh of two that shares the batch."""
+    started = []
+
+    def start(out, **flags):
+        where = dict(coordinator=f"localhost:{free_port}", processes=2, fsdp=2, backend="cpu")
+        for number in range(2):
+            arguments = command(out, process_id=number, **where, **flags)
+            pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            started.append(subprocess.Popen(arguments, cwd=ROOT, env=environment(), **pipes))
+        return started
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_train_as_one_does(two_processes, command, straight, tmp_path):
     out = tmp_path / "run"
-
-    def start(port):
-        where = dict(coordinator=f"localhost:{port}", processes=2, fsdp=2, backend="cpu")
-        return [
-            subprocess.Popen(
-                command(out, "--cluster", process_id=number, **where),
-                cwd=ROOT,
-                env=environment(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(2)
-        ]
-
-    port = 20000 + os.getpid() % 20000
-    first, second = start(port)
-    assert kill_when(second, lambda: lines(out) >= 2, signal.SIGTERM) == 143
-    second.communicate()
-    said, error = first.communicate(timeout=120)
-    assert first.returncode == 143, error
-    assert "SIGTERM: saved step" in said
-    assert lines(out) < STEPS
-    for process in start(port + 1):
+    for process in two_processes(out):
         _, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
     np.testing.assert_allclose(np.array(train_rows(out)), np.array(train_rows(straight)), rtol=1e-4)
     resumed = finish(command(out))  # by one process: the checkpoint knows nothing of how many wrote it
     assert resumed.returncode == 0, resumed.stderr
+
+
+def test_processes_end_together_when_one_is_asked_to(two_processes, tmp_path):
+    out = tmp_path / "run"
+    first, second = two_processes(out, steps=5000, save_every=5000)
+    assert kill_when(second, lambda: lines(out) >= 2, signal.SIGTERM) == 143
+    said, error = first.communicate(timeout=120)
+    assert first.returncode == 143, error
+    assert f"SIGTERM: saved step {lines(out)}" in said
