@@ -18,7 +18,8 @@ from recyc_jax import export
 from train import evaluate, forward, metrics
 from train.checkpoint import Card, Checkpoints
 from train.data import batches
-from train.plan import Plan, abstract_batch, abstract_state, compiled_step, eval_length
+from train.plan import Plan, eval_length
+from train.program import abstract_batch, abstract_state, compiled_step
 from train.step import TrainState
 
 

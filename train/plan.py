@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 import recyc_jax as rj
 from eval import backend, command, documents
 from recyc_jax import pretrained, sharding
-from recyc_jax.attention import training
 from recyc_jax.attention.training import Recycle
-from train import data, evaluate, forward, step
+from train import data, evaluate, program, step
 from train.checkpoint import Card, Checkpoints, shapes_of
 
 if TYPE_CHECKING:
@@ -38,6 +36,7 @@ class Plan(NamedTuple):
     mesh: Mesh
     rows: Any  # data.Windows or data.Packed
     held_out: evaluate.HeldOut | None
+    recycle: Recycle | None  # None: ordinary training
     optimizer: step.Optimizer
     attention: str  # the implementation of causal attention
     compute_dtype: Any
@@ -131,16 +130,16 @@ def recycle_of(config: Config) -> Recycle | None:
         budget = max(1, int(budget * config.length))
     # the policy's own checks of its numbers
     policy = rj.RecycledAttention(budget, rj.FixedStride(config.stride), config.pool, config.lookahead, config.evict)
-    common = {"budget": policy.budget, "pool": policy.pool, "lookahead": config.lookahead}
+    selection = policy.budget, policy.pool, config.lookahead
     if config.recycle == "strided":
         if config.dense_prefix >= config.length:
             raise ValueError(f"--dense-prefix {config.dense_prefix} leaves nothing of --length {config.length}")
-        return Recycle(config.dense_prefix, config.stride, evict=config.evict, **common)
+        return Recycle(config.dense_prefix, config.stride, *selection, evict=config.evict)
     if config.evict or config.dense_prefix != 1:
         raise ValueError("--evict and --dense-prefix belong to --recycle strided; the paper's form has neither")
     if config.stride >= config.length:
         raise ValueError(f"--stride {config.stride} leaves no context of --length {config.length}")
-    return Recycle(config.length - config.stride, config.stride + 1, **common)
+    return Recycle(config.length - config.stride, config.stride + 1, *selection)
 
 
 def connect(config: Config) -> None:
@@ -197,7 +196,7 @@ def make(config: Config) -> Plan:
         config.b2,
         config.moment_dtype,
     )
-    dtype = command.dtype_name(config.dtype)
+    recycle, dtype = recycle_of(config), command.dtype_name(config.dtype)
     attention = _attention(config, model, dtype, packed)
     card = {
         "model": {"name": config.model, "weights": _weights_fingerprint(folder)},
@@ -209,7 +208,7 @@ def make(config: Config) -> Plan:
             "seed": config.seed,
             "rows": len(rows),
         },
-        "recycle": None if (recycle := recycle_of(config)) is None else recycle._asdict(),
+        "recycle": None if recycle is None else recycle._asdict(),
         "training": {
             "length": config.length,
             "batch_size": config.batch_size,
@@ -223,16 +222,17 @@ def make(config: Config) -> Plan:
     }
     card["config_hash"] = hashlib.sha256(json.dumps(identity(card), sort_keys=True).encode()).hexdigest()[:16]
     return Plan(
-        config,
-        folder,
-        model,
-        mesh,
-        rows,
-        held_out,
-        optimizer,
-        attention,
-        jnp.dtype(dtype),
-        json.loads(json.dumps(card)),
+        config=config,
+        folder=folder,
+        model=model,
+        mesh=mesh,
+        rows=rows,
+        held_out=held_out,
+        recycle=recycle,
+        optimizer=optimizer,
+        attention=attention,
+        compute_dtype=jnp.dtype(dtype),
+        card=json.loads(json.dumps(card)),  # as it comes back from a checkpoint
     )
 
 
@@ -298,75 +298,14 @@ def _weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- programs --------------------------------------------------------------------------------------------------------
-
-
-def abstract_state(plan: Plan) -> step.TrainState:
-    """The state's shapes and where each leaf lies."""
-
-    def initial() -> step.TrainState:
-        params = rj.init_params(plan.model, jax.random.key(0))
-        return step.start(forward.stack_layers(params, plan.model.num_hidden_layers), plan.optimizer)
-
-    shapes = jax.eval_shape(initial)
-    places = sharding.shardings(shapes, plan.mesh)
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
-
-
-def abstract_batch(plan: Plan) -> dict[str, Any]:
-    at = NamedSharding(plan.mesh, PartitionSpec(sharding.ROWS))
-    shape = (plan.config.batch_size, plan.config.length)
-    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at) for name in plan.rows[0]}
-
-
-def compiled_step(plan: Plan, state: Any) -> Any:
-    """The training step, compiled for these shapes and places."""
-    dense = {"reference": training.causal, "cudnn": training.causal_cudnn}[plan.attention]
-    recycle = recycle_of(plan.config)
-
-    def attend(q: Any, k: Any, v: Any, segments: Any) -> Any:
-        return dense(q, k, v, segments) if recycle is None else training.recycled(q, k, v, recycle, dense)
-
-    taken = functools.partial(
-        step.train_step,
-        config=plan.model,
-        optimizer=plan.optimizer,
-        attention=step.attention_over(plan.mesh, attend),
-        mesh=plan.mesh,
-        accumulate=plan.config.accumulate,
-        compute_dtype=plan.compute_dtype,
-        remat=plan.config.remat,
-        z_loss=plan.config.z_loss,
-    )
-    places = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(taken, donate_argnums=0, out_shardings=(places, NamedSharding(plan.mesh, PartitionSpec())))
-    return jitted.lower(state, abstract_batch(plan)).compile()
-
-
-def load_state(plan: Plan) -> step.TrainState:
-    """The state before the first step, from the model's weights; read on the host, then placed."""
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS names accelerators alone
-        host = None
-    with jax.default_device(host):
-        params = pretrained.load_params(plan.folder, plan.model, jnp.float32)
-        stacked = jax.tree.map(np.asarray, forward.stack_layers(params, plan.model.num_hidden_layers))
-    like = abstract_state(plan)
-
-    def place(leaf: np.ndarray, target: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, target.sharding, lambda index: leaf[index])
-
-    placed = jax.tree.map(place, stacked, like.params)
-    places = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return jax.jit(lambda params: step.start(params, plan.optimizer), donate_argnums=0, out_shardings=places)(placed)
+# --- beginning ---------------------------------------------------------------------------------------------------------
 
 
 def describe(plan: Plan) -> int:
     """Print what a run would be. Compiles the step; allocates nothing."""
-    state = abstract_state(plan)
+    state = program.abstract_state(plan)
     count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(state.params))
-    memory = compiled_step(plan, state).memory_analysis()
+    memory = program.compiled_step(plan, state).memory_analysis()
     config, mesh = plan.config, plan.mesh
     per_step = config.batch_size * config.length
     device = mesh.devices.flat[0]
@@ -374,7 +313,7 @@ def describe(plan: Plan) -> int:
         "mesh": " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
         + f" on {mesh.size} x {device.device_kind}",
         "parameters": f"{count:,}",
-        "recycle": "off" if (recycle := recycle_of(config)) is None else f"{config.recycle}, {recycle}",
+        "recycle": "off" if plan.recycle is None else f"{config.recycle}, {plan.recycle}",
         "attention": plan.attention,
         "rows": f"{len(plan.rows):,} of {config.length} tokens" + (", packed" if plan.card["data"]["packed"] else ""),
         "held out": "nothing"
@@ -411,12 +350,12 @@ def open_run(plan: Plan) -> Callable[[], int]:
     try:
         restored = None
         if checkpoints.steps():
-            like = abstract_state(plan)
+            like = program.abstract_state(plan)
             before = checkpoints.latest_card()
             if before is not None:
                 _check_same(config, before, plan.card, like)
             restored = checkpoints.restore(like)
-        state = load_state(plan) if restored is None else restored.state
+        state = program.load_state(plan) if restored is None else restored.state
     except BaseException:
         checkpoints.close()
         raise
