@@ -201,6 +201,7 @@ def _measure(
         for source, some in prompts.items():
             layers, full_steps = [], {name: [] for name in schedules}
             for at in range(0, len(some), config.batch_size):
+                command.heed_interrupt()
                 batch = some[at : at + config.batch_size]
                 state = rj.prefill(
                     lm.params,

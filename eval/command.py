@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ def run(prepare: Callable[[Any], Callable[[], None]], config: Any, when_interrup
     `prepare` looks at all input, up to and including the loading of weights, and returns what is left to do: its
     ValueError or OSError is the user's, one line and status 2.
     """
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
             go = prepare(config)
@@ -25,7 +27,25 @@ def run(prepare: Callable[[Any], Callable[[], None]], config: Any, when_interrup
     except KeyboardInterrupt:
         print(f"interrupted; {when_interrupted}", file=sys.stderr)
         return 130
+    finally:
+        _interrupted.clear()
+        signal.signal(signal.SIGINT, before)
     return 0
+
+
+_interrupted: list[int] = []
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    _interrupted.append(number)
+    raise KeyboardInterrupt
+
+
+def heed_interrupt() -> None:
+    """Raise KeyboardInterrupt where one was asked for and got lost: Python drops what is raised while a finalizer or a
+    library's callback runs. For loops to call now and then."""
+    if _interrupted:
+        raise KeyboardInterrupt
 
 
 def split(flag: str, text: str) -> list[str]:

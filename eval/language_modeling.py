@@ -215,6 +215,7 @@ def _evaluate(config: Config, lm: PretrainedLM, todo: list[Batch], log: RunLog) 
             for rows in _score_batch(config, lm, batch):
                 log.append(rows)
                 progress.advance(bar, len(rows))
+                command.heed_interrupt()
 
 
 def _score_batch(config: Config, lm: PretrainedLM, batch: Batch) -> Iterator[list[Row]]:

@@ -359,6 +359,7 @@ def _evaluate(lm: PretrainedLM, todo: list[Batch], log: RunLog) -> None:
             for rows in _decode_batch(lm, batch):
                 log.append(rows)
                 progress.advance(bar, len(rows))
+                command.heed_interrupt()
 
 
 def _decode_batch(lm: PretrainedLM, batch: Batch) -> Iterator[list[Row]]:

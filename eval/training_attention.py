@@ -94,6 +94,7 @@ def _measure(config: Config, lengths: list[int], forms: list[str]) -> None:
     with file.open("w", encoding="utf-8") as rows:
         for length in lengths:
             for form in forms:
+                command.heed_interrupt()
                 row = _row(config, length, form)
                 rows.write(json.dumps(row | {"device": device.device_kind, "jax": jax.__version__}) + "\n")
                 rows.flush()

@@ -202,13 +202,17 @@ def test_an_interrupt_says_how_to_go_on(model, tmp_path):
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, cwd=ROOT
     )
-    deadline = time.monotonic() + 240
-    while not ((tmp_path / "out/results.jsonl").exists() and (tmp_path / "out/results.jsonl").stat().st_size):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 240
+        while not ((tmp_path / "out/results.jsonl").exists() and (tmp_path / "out/results.jsonl").stat().st_size):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert b"interrupted; the same command goes on with what" in error
     assert all(row["task"] == "vt" for row in rows(tmp_path / "out"))
