@@ -179,7 +179,10 @@ def _hub(where: str) -> tuple[list[Document], str]:
         raise ValueError(f"--domains: {error}") from None
     import datasets
 
-    rows = datasets.load_dataset(name, config or None, split=split or "train")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+    except (RuntimeError, ValueError, OSError, datasets.exceptions.DatasetsError) as error:  # a loading script, say
+        raise ValueError(f"--domains: {where}: cannot be loaded ({(str(error).splitlines() or [''])[0]})") from None
     return list(_from_rows(rows, name)), f"hub: {where}"
 
 

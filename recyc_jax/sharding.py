@@ -56,6 +56,10 @@ def check_divides(config: LlamaConfig, fsdp: int, tensor: int) -> None:
 def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
     """The spec of the leaf at this path of a parameter tree, or of a tree that repeats it, such as Adam's moments."""
     name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+    if (
+        re.search(r"v_row|v_col", name) or leaf.size == 1
+    ):  # Adafactor's factored moments, which are small, and its placeholders
+        return PartitionSpec()
     for pattern, split in _TABLE:
         if re.search(rf"(^|/)({pattern})$", name) and leaf.ndim >= len(split):
             return PartitionSpec(*[None] * (leaf.ndim - len(split)), *split)

@@ -253,6 +253,19 @@ def test_every_matrix_has_a_place_in_the_table(config):
         assert split == any(part in name for part in ("kernel", "embedding", "head", "bias")), name
 
 
+def test_adafactors_factored_moments_are_whole_on_every_device(config):
+    optimizer = dataclasses.replace(OPTIMIZER, kind="adafactor", weight_decay=0)
+    wide = dataclasses.replace(config, hidden_size=256, num_attention_heads=32, num_key_value_heads=32, qkv_bias=True)
+    shapes = jax.eval_shape(lambda: state_of(rj.init_params(wide, jax.random.key(0)), wide, optimizer))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes.optimizer)
+    factored = [(path, leaf) for path, leaf in leaves if "v_row" in jax.tree_util.keystr(path) and leaf.size > 1]
+    assert factored
+    for path, leaf in leaves:
+        split = sharding.spec(path, leaf)
+        assert leaf.size > 1 or not any(split)
+        assert "v_row" not in jax.tree_util.keystr(path) or not any(split)
+
+
 def test_meshes_that_do_not_fit_are_refused(config):
     with pytest.raises(ValueError, match="needs 3 devices, there are"):
         sharding.mesh(3, 1, 1)

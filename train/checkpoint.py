@@ -81,19 +81,29 @@ class Checkpoints:
         """The latest checkpoint that reads back as it was saved, laid out as `like` (shapes with shardings); None where
         there is none at all.
 
-        A damaged one is reported, moved to `damaged/` and passed over for the one before it. Raises
-        NoUsableCheckpointError where all are damaged: that is for a person to decide, not to begin anew.
+        Damaged ones are reported, passed over for the one before, and then moved to `damaged/`. Raises
+        NoUsableCheckpointError, and leaves all where they are, where none is left: that is for a person to decide, not to
+        begin anew. Lack of memory or permission is no damage, and is raised as it is.
         """
-        steps = self.steps()
+        steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
-                return self._read(step, like)
+                found = self._read(step, like)
+            except (MemoryError, PermissionError):
+                raise
             except Exception as error:  # whatever a damaged file makes orbax raise
-                self._set_aside(step, error)
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                self._report(step, error)
+                damaged.append(step)
+                continue
+            if damaged:
+                self._set_aside(damaged)
+            return found
         if steps:
             raise NoUsableCheckpointError(
-                f"{self._folder}: none of the checkpoints {', '.join(map(str, steps))} can be read whole; they lie in "
-                f"{_DAMAGED}/ there: begin anew with another --out, or delete that folder"
+                f"{self._folder}: none of the checkpoints {', '.join(map(str, steps))} can be read whole; to begin anew, "
+                "choose another --out"
             )
         return None
 
@@ -109,27 +119,29 @@ class Checkpoints:
                 raise ValueError(f"{name} is not what was saved ({now.get(name)}, saved as {saved.get(name)})")
         return Restored(step, found["state"], card)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _report(self, step: int, error: Exception) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         print(
             f"WARNING: checkpoint {self._folder / str(step)} is damaged and is passed over for the one before it: {reason}",
             file=sys.stderr,
             flush=True,
         )
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Make room for these steps to be saved again."""
         self._manager.close()
         if jax.process_index() == 0:
             (self._folder / _DAMAGED).mkdir(exist_ok=True)
-            target = self._folder / _DAMAGED / str(step)
-            number = 1
-            while target.exists():
-                number += 1
-                target = self._folder / _DAMAGED / f"{step}-{number}"
-            with contextlib.suppress(FileNotFoundError):
+            for step in steps:
+                target, number = self._folder / _DAMAGED / str(step), 1
+                while target.exists():
+                    number += 1
+                    target = target.with_name(f"{step}-{number}")
                 (self._folder / str(step)).rename(target)
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            multihost_utils.sync_global_devices(f"set aside {step}")
+            multihost_utils.sync_global_devices("set aside")
         self._manager = self._open()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -92,7 +92,7 @@ class Config:
     """Windows of each domain."""
     eval_batch_size: int = 8
 
-    save_every: int = 50
+    save_every: int = 5
     keep: int = 3
     """Checkpoints to keep."""
     export: bool = True
@@ -135,13 +135,12 @@ class Config:
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; the exit status."""
-    arguments = sys.argv[1:] if args is None else args
     try:
-        default, rest = _defaults(arguments)
+        arguments = _with_files(sys.argv[1:] if args is None else args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    config = tyro.cli(Config, prog="python -m train.continued_pretrain", args=rest, default=default)
+    config = tyro.cli(Config, prog="python -m train.continued_pretrain", args=arguments)
     status = 0
 
     def prepare(config: Config) -> Callable[[], None]:
@@ -157,39 +156,48 @@ def main(args: list[str] | None = None) -> int:
     return command.run(prepare, config, "nothing was trained yet") or status
 
 
-def _defaults(arguments: list[str]) -> tuple[Config, list[str]]:
-    """The configuration that --preset and --config make, and the other arguments."""
-    import yaml
-
+def _with_files(arguments: list[str]) -> list[str]:
+    """The arguments with --preset and --config replaced by the flags that those files stand for, ahead of all others:
+    what a file says is read and checked as a flag is, and a flag given beside it wins."""
     rest: list[str] = []
-    found = Config()
-    types = {field.name for field in dataclasses.fields(Config)}
+    values: dict[str, Any] = {}
     left = iter(arguments)
     for argument in left:
         name, given, value = argument.partition("=")
-        if name not in ("--preset", "--config"):
+        if name in ("--preset", "--config"):
+            values |= _read(name, value if given else next(left, ""))
+        else:
             rest.append(argument)
-            continue
-        value = value if given else next(left, "")
-        path = PRESETS / f"{value}.yaml" if name == "--preset" else Path(value)
-        if not path.is_file():
-            known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-            raise ValueError(f"{name} {value!r}: " + (f"there is {known}" if name == "--preset" else "no such file"))
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: must hold names and values")
-        values = {str(key).replace("-", "_"): value for key, value in values.items()}
-        for key in values.keys() - types:
-            raise ValueError(f"{path}: {key!r} is no setting")
-        if "out" in values:
-            values["out"] = Path(values["out"])
-        if "eval_policies" in values:
-            values["eval_policies"] = tuple(values["eval_policies"])
-        found = dataclasses.replace(found, **values)
-    return found, rest
+    flags = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return flags + rest
+
+
+def _read(name: str, value: str) -> dict[str, Any]:
+    """The settings of a preset or a file. Raises ValueError naming what is wrong with it."""
+    import yaml
+
+    path = PRESETS / f"{value}.yaml" if name == "--preset" else Path(value)
+    if not path.is_file():
+        known = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise ValueError(f"{name} {value!r}: " + (f"there is {known}" if name == "--preset" else "no such file"))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold names and values")
+    values = {str(key).replace("-", "_"): value for key, value in values.items() if value is not None}
+    for key in values.keys() - {field.name for field in dataclasses.fields(Config)}:
+        raise ValueError(f"{path}: {key!r} is no setting")
+    if values.get("recycle") is False:  # YAML's off
+        values["recycle"] = "off"
+    return values
 
 
 def _prepare(config: Config) -> Callable[[], int]:

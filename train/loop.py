@@ -84,7 +84,7 @@ class _Loop:
             self.batches.set_state(restored["position"])
         begun = 0 if restored is None else restored["step"]
         if self.first:
-            self.log.resume(begun)
+            self.log.resume(-1 if restored is None else begun)
         kind = plan.mesh.devices.flat[0].device_kind
         self.peak = metrics.peak_flops(kind)
         self.say(
@@ -177,7 +177,7 @@ class _Loop:
             print(
                 f"error: {self.plan.config.max_bad_steps} steps in a row, up to step {taken}, had a loss or gradients that "
                 f"are not finite; nothing of them was kept. The checkpoints before are in {self.plan.config.out}; a lower "
-                "--learning-rate may help",
+                "--learning-rate, with another --out or --force, may help",
                 file=sys.stderr,
             )
         return 1
@@ -192,7 +192,13 @@ class _Loop:
         """Held-out perplexity at this step, once: before the first step, where it is due, and after the last one."""
         plan, config = self.plan, self.plan.config
         due = taken == 0 or last or (config.eval_every and taken % config.eval_every == 0)
-        known = any(row["kind"] == "evaluation" and row["step"] == taken for row in self.log.rows)
+        measured = (config.eval_new_tokens, eval_length(config))
+        there = {
+            row["policy"]
+            for row in self.log.rows
+            if row["kind"] == "evaluation" and row["step"] == taken and (row["new_tokens"], row["length"]) == measured
+        }
+        known = there >= set(config.eval_policies)
         if jax.process_count() > 1:  # the first process knows; all must do the same
             from jax.experimental import multihost_utils
 

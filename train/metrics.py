@@ -66,7 +66,7 @@ class Metrics:
             self._wandb = library.init(project=wandb, dir=str(folder), config=configuration)
 
     def resume(self, step: int) -> None:
-        """Keep the rows up to `step`: what a killed run wrote after its last checkpoint is made again."""
+        """Keep the rows up to `step` (-1: none): what a killed run wrote after its last checkpoint is made again."""
         self.rows = []
         if self.path.is_file():
             for line in self.path.read_bytes().split(b"\n"):

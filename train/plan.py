@@ -80,6 +80,10 @@ def check(config: Config) -> None:
     ):
         if not 0 <= number < float("inf"):
             raise ValueError(f"--{name} {number} must be a number of at least 0")
+    if config.steps and config.epochs != 1:
+        raise ValueError(f"--epochs {config.epochs} needs --steps 0: --steps {config.steps} says how many to take")
+    if config.optimizer == "adafactor" and config.weight_decay:
+        raise ValueError(f"--weight-decay {config.weight_decay} goes with --optimizer adamw alone")
     if not 0 <= config.held_out < 1:
         raise ValueError(f"--held-out {config.held_out} must lie in 0..1")
     if config.length < 2:
@@ -165,7 +169,7 @@ def make(config: Config) -> Plan:
     command.check_context(lengths, model.max_position_embeddings, config.allow_beyond_context)
     mesh = _mesh(config, model)
     tokenizer = pretrained.load_tokenizer(folder)
-    domains = [documents.load(spec) for spec in command.split("--data", config.data)]
+    domains = [_domain(spec) for spec in command.split("--data", config.data)]
     corpus = data.tokenize(domains, tokenizer, config.out / "tokens")
     if corpus.tokens.size and int(corpus.tokens.max()) >= model.vocab_size:
         raise ValueError(f"{folder}: its tokenizer makes ids beyond the model's vocabulary of {model.vocab_size}")
@@ -212,12 +216,12 @@ def make(config: Config) -> Plan:
         "training": {
             "length": config.length,
             "batch_size": config.batch_size,
-            "accumulate": config.accumulate,
             **dataclasses.asdict(optimizer),
             "z_loss": config.z_loss,
             "dtype": dtype,
         },
         "mesh": dict(mesh.shape),
+        "accumulate": config.accumulate,
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
     }
     card["config_hash"] = hashlib.sha256(json.dumps(identity(card), sort_keys=True).encode()).hexdigest()[:16]
@@ -234,6 +238,13 @@ def make(config: Config) -> Plan:
         compute_dtype=jnp.dtype(dtype),
         card=json.loads(json.dumps(card)),  # as it comes back from a checkpoint
     )
+
+
+def _domain(spec: str) -> documents.Domain:
+    try:
+        return documents.load(spec)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--domains", "--data")) from None
 
 
 def identity(card: Card) -> Card:
@@ -276,10 +287,10 @@ def _mesh(config: Config, model: rj.LlamaConfig) -> Mesh:
 def _attention(config: Config, model: rj.LlamaConfig, dtype: str, packed: bool) -> str:
     """The implementation of causal attention, by a rule that is said once."""
     able = {
-        "a GPU": jax.default_backend() == "gpu",
+        "an NVIDIA GPU of compute capability 8.0 or more": _capability() >= 8,
         "a 16-bit dtype": dtype == "bfloat16",
         "one document a row": not packed,
-        "a head dimension of at most 128": model.head_dim <= 128,
+        "a head dimension that is a multiple of 8, at most 128": model.head_dim % 8 == 0 and model.head_dim <= 128,
     }
     lacking = [name for name, there in able.items() if not there]
     if config.attention == "cudnn" and lacking:
@@ -287,6 +298,14 @@ def _attention(config: Config, model: rj.LlamaConfig, dtype: str, packed: bool) 
     if config.attention != "auto":
         return config.attention
     return "reference" if lacking else "cudnn"
+
+
+def _capability() -> float:
+    """The CUDA compute capability of the first device; 0 where it has none."""
+    try:
+        return float(getattr(jax.devices()[0], "compute_capability", 0))
+    except ValueError:  # ROCm's is a name
+        return 0
 
 
 def _weights_fingerprint(folder: Path) -> str:
@@ -334,18 +353,10 @@ def describe(plan: Plan) -> int:
 
 def open_run(plan: Plan) -> Callable[[], int]:
     """Claim the folder, and load the latest checkpoint or the weights; the loop is returned."""
-    import fcntl
-
     from train import loop
 
     config = plan.config
-    if jax.process_index() == 0:
-        lock = os.open(config.out / ".lock", os.O_RDWR | os.O_CREAT)  # never closed: locked until the process ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise ValueError(f"--out {config.out}: another run is writing there") from None
+    _claim(config.out)
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     try:
         restored = None
@@ -360,6 +371,26 @@ def open_run(plan: Plan) -> Callable[[], int]:
         checkpoints.close()
         raise
     return lambda: loop.run(plan, checkpoints, state, None if restored is None else restored.card)
+
+
+def _claim(out: Path) -> None:
+    """Lock the folder until the process ends; process 0 does it, and all learn whether it could."""
+    import fcntl
+
+    taken = False
+    if jax.process_index() == 0:
+        lock = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)  # never closed
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            taken = True
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        taken = bool(multihost_utils.broadcast_one_to_all(np.asarray(taken)))
+    if taken:
+        raise ValueError(f"--out {out}: another run is writing there")
 
 
 def _check_same(config: Config, before: Card, now: Card, like: Any) -> None:

@@ -65,7 +65,7 @@ class Optimizer:
     def make(self) -> optax.GradientTransformation:
         clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
         if self.kind == "adafactor":  # its second moments are factored: little state
-            return optax.chain(clip, optax.adafactor(self.rate(), weight_decay_rate=self.weight_decay or None))
+            return optax.chain(clip, optax.adafactor(self.rate()))
         adamw = optax.adamw(
             self.rate(),
             self.b1,
