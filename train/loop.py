@@ -79,6 +79,7 @@ class _Loop:
         self.log = metrics.Metrics(
             config.out, config.tensorboard and self.first, config.wandb if self.first else None, plan.card
         )
+        self.batch = abstract_batch(plan)
         self.batches = batches(plan.rows, config.batch_size, config.seed)
         if restored is not None:
             self.batches.set_state(restored["position"])
@@ -137,7 +138,7 @@ class _Loop:
         batch = next(self.batches)
         placed = {
             name: jax.make_array_from_callback(like.shape, like.sharding, lambda index, name=name: batch[name][index])
-            for name, like in abstract_batch(self.plan).items()
+            for name, like in self.batch.items()
         }
         state, numbers = program(state, placed)
         numbers = jax.device_get(numbers)
