@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import types
 from typing import Any
 
 import jax.numpy as jnp
@@ -58,21 +59,19 @@ class GroupMean(RecycledAttention):
     """Probabilities averaged over a group's query heads instead of their maximum, at full steps."""
 
     def decide(self, attention: Implementation, step: Step, state: Any) -> Attended:
-        return super().decide(_Mean(attention), step, state)
+        return super().decide(_mean_over_groups(attention), step, state)
 
 
-class _Mean:
-    """An implementation whose scores are means over the group."""
+def _mean_over_groups(attention: Implementation) -> Any:
+    """That implementation, its scores being means over the group."""
 
-    def __init__(self, attention: Any) -> None:
-        self._attention = attention
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
-
-    def full_with_scores(self, *arrays: Any) -> Any:
-        out, weights = self._attention.full_with_weights(*arrays)
+    def full_with_scores(*arrays: Any) -> Any:
+        out, weights = attention.full_with_weights(*arrays)
         return out, jnp.log(jnp.maximum(jnp.mean(weights, axis=2), 1e-37))
+
+    # every name stands in the object itself: from Python 3.12 on, a run-time check of a protocol looks nowhere else
+    offered = {name: getattr(attention, name) for name in vars(Implementation) if not name.startswith("_")}
+    return types.SimpleNamespace(**offered | {"full_with_scores": full_with_scores})
 
 
 def _early(options: Any) -> RecycledAttention:

@@ -55,7 +55,7 @@ def test_the_mean_over_a_group_ranks_by_mean_probability():
         jax.random.normal(key, shape) for key, shape in zip(keys, [(1, 4, 8), (1, 2, 9, 8), (1, 2, 9, 8)], strict=True)
     )
     visible = jnp.ones((1, 9), jnp.bool_)
-    out, scores = ideas._Mean(reference).full_with_scores(q, k, v, visible)
+    out, scores = ideas._mean_over_groups(reference).full_with_scores(q, k, v, visible)
     _, weights = reference.full_with_weights(q, k, v, visible)
     np.testing.assert_allclose(jnp.exp(scores), weights.mean(axis=2), rtol=1e-5)
     np.testing.assert_allclose(out, reference.full(q, k, v, visible), rtol=1e-6)
