@@ -22,9 +22,10 @@ from jax import lax
 
 from eval import command
 from eval.backend import Backend
+from recyc_jax.attention import reference
 from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Observes, Policy, Step
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Observes, Policy, Step
 from recyc_jax.policies.snapkv import SnapKV
 from recyc_jax.policies.streaming_llm import StreamingLLM
 
@@ -97,9 +98,10 @@ class Probe(Policy):
             wanted |= policy.observes
         return wanted
 
-    def start(self, observed: Sequence[Observed], visible: Any) -> tuple[Followed, ...]:
-        by_policy = [policy.start(observed, visible) for policy in self.candidates]
-        covered = jnp.zeros((visible.shape[0], self.steps, len(self.candidates) + 1), jnp.float32)
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[Followed, ...]:
+        by_index = caches._replace(attention=reference)
+        by_policy = [policy.start(observed, by_index) for policy in self.candidates]
+        covered = jnp.zeros((caches.visible.shape[0], self.steps, len(self.candidates) + 1), jnp.float32)
         return tuple(Followed(states, covered) for states in zip(*by_policy, strict=True))
 
     def attend(self, attention: Implementation, step: Step, state: Followed) -> Attended:

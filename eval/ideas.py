@@ -17,7 +17,7 @@ from recyc_jax.attention.api import Implementation
 from recyc_jax.policies import registry
 from recyc_jax.policies.base import Attended, Step
 from recyc_jax.policies.recycled import RecycledAttention
-from recyc_jax.policies.recycled_set import Recycled, ranked_slots
+from recyc_jax.policies.recycled_set import rank
 from recyc_jax.policies.schedules import FixedStride
 
 
@@ -40,14 +40,17 @@ class LayerBudgets(RecycledAttention):
 
     slope: float = 0.5
 
-    def _choose(self, scores: Any, visible: Any) -> Any:
+    def _rank(self, scores: Any, visible: Any) -> Any:
         layers = len(scores)
         budgets = [
             max(1, round(self.budget * (1 + self.slope * (1 - 2 * layer / max(1, layers - 1)))))
             for layer in range(layers)
         ]
-        slots = ranked_slots(scores, visible, max(budgets), self.pool, self._ahead)
-        return [Recycled.of(some[..., :budget]) for some, budget in zip(slots, budgets, strict=True)]
+        rankings = rank(scores, visible, max(budgets), self.pool, self._ahead)
+        return [
+            ranking._replace(slots=ranking.slots[..., :budget])
+            for ranking, budget in zip(rankings, budgets, strict=True)
+        ]
 
     @property
     def _ahead(self) -> int:
@@ -70,7 +73,8 @@ def _mean_over_groups(attention: Implementation) -> Any:
         return out, jnp.log(jnp.maximum(jnp.mean(weights, axis=2), 1e-37))
 
     # every name stands in the object itself: from Python 3.12 on, a run-time check of a protocol looks nowhere else
-    offered = {name: getattr(attention, name) for name in vars(Implementation) if not name.startswith("_")}
+    names = {*vars(Implementation), *Implementation.__annotations__}
+    offered = {name: getattr(attention, name) for name in names if not name.startswith("_")}
     return types.SimpleNamespace(**offered | {"full_with_scores": full_with_scores})
 
 

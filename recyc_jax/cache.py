@@ -3,15 +3,20 @@
 Rows are right-aligned: every row's newest token sits in the same slot, so appending is one `dynamic_update_slice`
 for the whole batch, and row b's tokens start at slot `starts[b]`. A token's RoPE position is `slot - starts[b]`.
 One array per layer (rather than a stacked [L, ...] one) is what lets XLA update it in place in every form of loop.
+
+An implementation may want the slots last in memory (`SLOTS_LAST`). `keys` and `values` are [B, K, S, H] either way: inside
+a compiled program the exchange of two axes is a name, not a move.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.config import LlamaConfig
@@ -23,21 +28,58 @@ else:
     Leaf = Any
 
 
+TILE = 128
+"""Where slots come last their number is a multiple of this, a TPU's lanes: other sizes are copied on entering a kernel."""
+
+_AS_STORED = Layout((0, 1, 2, 3))
+"""Said of every array that slots come last in: XLA would else turn a whole cache around to read a few of its slots."""
+
+
 @flax.struct.dataclass
 class LayerCache:
     """One layer's keys (after RoPE) and values."""
 
-    keys: Leaf  # [B, K, S, H]
-    values: Leaf  # [B, K, S, H]
+    stored_keys: Leaf  # [B, K, S, H], or [B, K, H, S]
+    stored_values: Leaf
+    slots_last: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def keys(self) -> Array:
+        """[B, K, S, H]"""
+        return self.stored_keys.swapaxes(2, 3) if self.slots_last else self.stored_keys
+
+    @property
+    def values(self) -> Array:
+        """[B, K, S, H]"""
+        return self.stored_values.swapaxes(2, 3) if self.slots_last else self.stored_values
+
+    def latest(self, length: Int[Array, ""], count: int) -> tuple[Array, Array, Int[Array, " R"]]:
+        """Keys and values [B, K, R, H] that hold the last `count` of `length` slots, and which slots they are. More may be
+        among them, older ones and such as are not written yet: where slots come last, whole tiles are taken."""
+        capacity = self.keys.shape[2]
+        tile, axis = (TILE, 3) if self.slots_last else (1, 2)
+        most = min(count if tile == 1 else -(-count // tile) * tile + tile, capacity)
+        first = jnp.clip((length - count) // tile * tile, 0, capacity - most)
+        pieces = [
+            lax.dynamic_slice_in_dim(cached, first, most, axis) for cached in (self.stored_keys, self.stored_values)
+        ]
+        if self.slots_last:
+            pieces = [with_layout_constraint(piece, _AS_STORED).swapaxes(2, 3) for piece in pieces]
+        return pieces[0], pieces[1], first + jnp.arange(most, dtype=jnp.int32)
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]) -> LayerCache:
         """The cache with T tokens written from `slot` on."""
         zero = jnp.zeros((), jnp.int32)
-        at = (zero, zero, slot, zero)
-        return LayerCache(
-            lax.dynamic_update_slice(self.keys, k.swapaxes(1, 2), at),
-            lax.dynamic_update_slice(self.values, v.swapaxes(1, 2), at),
+        order, at = (
+            ((0, 2, 3, 1), (zero, zero, zero, slot)) if self.slots_last else ((0, 2, 1, 3), (zero, zero, slot, zero))
         )
+        after = [
+            lax.dynamic_update_slice(cached, new.transpose(order), at)
+            for cached, new in ((self.stored_keys, k), (self.stored_values, v))
+        ]
+        if self.slots_last:
+            after = [with_layout_constraint(cached, _AS_STORED) for cached in after]
+        return dataclasses.replace(self, stored_keys=after[0], stored_values=after[1])
 
 
 @flax.struct.dataclass
@@ -50,14 +92,24 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].keys.shape[2]
+        return self.layers[0].stored_keys.shape[3 if self.layers[0].slots_last else 2]
 
 
-def empty(config: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype, starts: Int[Array, " B"]) -> KVCache:
-    """A cache of `capacity` slots a row with nothing in it. Zero-filled: 0 x NaN would leak through masks."""
+def empty(
+    config: LlamaConfig,
+    batch: int,
+    capacity: int,
+    dtype: jnp.dtype,
+    starts: Int[Array, " B"],
+    slots_last: bool = False,
+) -> KVCache:
+    """A cache of at least `capacity` slots a row with nothing in it. Zero-filled: 0 x NaN would leak through masks."""
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+    if slots_last:
+        shape = (*shape[:2], config.head_dim, -(-capacity // TILE) * TILE)
     layers = tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
+        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots_last)
+        for _ in range(config.num_hidden_layers)
     )
     return KVCache(layers, starts, jnp.zeros((), jnp.int32))
 

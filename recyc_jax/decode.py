@@ -25,7 +25,7 @@ from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, Leaf
 from recyc_jax.config import LlamaConfig, whole_number
 from recyc_jax.model import Heads, Params
-from recyc_jax.policies.base import Policy, Step
+from recyc_jax.policies.base import Caches, Policy, Step
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.prefill import Prefilled, prefill
 from recyc_jax.sampling import Greedy, Sample
@@ -80,8 +80,7 @@ def decode_step(
         here = Step(
             q=heads.q[:, 0],
             plain_q=heads.plain_q[:, 0],
-            keys=kv.keys,
-            values=kv.values,
+            cached=kv,
             starts=kv_cache.starts,
             length=slot + 1,
             number=number,
@@ -95,7 +94,8 @@ def decode_step(
     hidden, after = model.hidden_states(params, config, state.token[:, None], positions, attend, layer_states)
     layers, recycled, fulls = zip(*after, strict=True)
     if deciding:
-        recycled = policy.settle(recycled, cache.filled(kv_cache.starts, slot + 1, kv_cache.capacity))
+        visible = cache.filled(kv_cache.starts, slot + 1, kv_cache.capacity)
+        recycled = policy.settle(recycled, Caches(attention, layers, visible))
     fed = dataclasses.replace(
         state,
         cache=KVCache(layers, kv_cache.starts, slot + 1),
@@ -134,7 +134,7 @@ def _run(
     visible = cache.filled(kv_cache.starts, kv_cache.length, kv_cache.capacity)
     state = DecodeState(
         cache=kv_cache,
-        recycled=policy.start(prefilled.observed, visible),
+        recycled=policy.start(prefilled.observed, Caches(attention, kv_cache.layers, visible)),
         token=jnp.zeros(batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         done=jnp.zeros(batch, jnp.bool_),
@@ -192,8 +192,8 @@ def decode(
     ValueError where it exceeds that, where the policy needs scores that prefill was not asked to keep, and where
     sampling lacks a key.
     """
-    _check_state(state, policy)
-    room = _room(state)
+    _check_state(state, policy, implementation)
+    room = state.room
     steps = room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
     if steps > room:
         raise ValueError(f"max_new_tokens={steps} must lie in 1..{room}: prefill made room for {room}")
@@ -327,11 +327,11 @@ def score_after(
 
     `state` is donated, as in `decode`. Raises ValueError where prefill left no room for M tokens.
     """
-    _check_state(state, policy)
+    _check_state(state, policy, implementation)
     forced, _ = prompt_arrays.as_arrays(tokens, None, config)
-    if forced.shape[0] != state.logits.shape[0] or forced.shape[1] > _room(state):
+    if forced.shape[0] != state.logits.shape[0] or forced.shape[1] > state.room:
         raise ValueError(
-            f"tokens of shape {list(forced.shape)} do not fit {state.logits.shape[0]} prompts with room for {_room(state)}"
+            f"tokens of shape {list(forced.shape)} do not fit {state.logits.shape[0]} prompts with room for {state.room}"
         )
     return _score(params, state, forced, config, policy, implementation)
 
@@ -361,14 +361,13 @@ def _rewound(kv_cache: KVCache, start: Prefilled) -> Prefilled:
     return dataclasses.replace(start, cache=dataclasses.replace(kv_cache, length=start.cache.length))
 
 
-def _room(state: Prefilled) -> int:
-    """New tokens that the cache has slots for; the last one is never fed. Prompts fill all but `max_new_tokens - 1`."""
-    return state.cache.capacity - state.prompt_slots + 1
-
-
-def _check_state(state: Prefilled, policy: Policy) -> None:
+def _check_state(state: Prefilled, policy: Policy, implementation: str | None) -> None:
     if isinstance(state.logits, jax.Array) and not isinstance(state.logits, Tracer) and state.logits.is_deleted():
         raise ValueError("this state was donated to an earlier decode: go on with the one that it returned")
+    if state.cache.layers[0].slots_last != api.resolve(implementation).SLOTS_LAST:
+        raise ValueError(
+            f"implementation={implementation!r} stores its cache another way than this state's: prefill with it"
+        )
     wanted, kept = policy.observes, state.observed[0]
     missing = {
         "scores": not wanted.windows <= kept.scores.keys(),

@@ -34,6 +34,7 @@ class Prefilled:
     logits: Leaf  # float32 [B, V]: of each row's last prompt token
     observed: tuple[Observed, ...]  # what the named policies observe, a layer each
     prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
+    room: int = flax.struct.field(pytree_node=False)  # new tokens that were asked for; the last one is never fed
 
 
 def prefill(
@@ -80,7 +81,8 @@ def _prefill(
     # right-align: slot s of row b holds token s - starts[b]
     positions = jnp.maximum(jnp.arange(prompt_slots, dtype=jnp.int32) - starts[:, None], 0)
     tokens = jnp.take_along_axis(tokens, jnp.minimum(positions, width - 1), axis=1)
-    empty = cache.empty(config, batch, prompt_slots + max_new_tokens - 1, _dtype(params), starts)
+    slots = prompt_slots + max_new_tokens - 1
+    empty = cache.empty(config, batch, slots, _dtype(params), starts, attention.SLOTS_LAST)
     kept_queries = max(observes.windows, default=1)
 
     def read_chunk(index: Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,7 +106,7 @@ def _prefill(
         return states, hidden[:, -1]
 
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    dtype = empty.layers[0].keys.dtype
+    dtype = _dtype(params)
     states = tuple(
         _Reading(
             kv,
@@ -127,7 +129,8 @@ def _prefill(
         query = (state.latest[:, -1], state.plain_q) if observes.query else (None, None)
         return Observed(scores, *query, state.mass)
 
-    return Prefilled(kv_cache, model.logits(params, config, hidden), tuple(map(observed, states)), prompt_slots)
+    logits = model.logits(params, config, hidden)
+    return Prefilled(kv_cache, logits, tuple(map(observed, states)), prompt_slots, max_new_tokens)
 
 
 def _chunks(batch: int, width: int) -> tuple[int, int]:

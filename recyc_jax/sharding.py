@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recyc_jax.config import LlamaConfig
 
-AXES = ("data", "fsdp", "tensor")
+TENSOR = "tensor"
+AXES = ("data", "fsdp", TENSOR)
 ROWS = ("data", "fsdp")
 """The axes that a batch's rows are split over."""
 

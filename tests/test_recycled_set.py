@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recyc_jax.policies.recycled import Recycled
+from recyc_jax.policies.recycled_set import Recycled
 
 
 @given(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+import importlib
+from collections.abc import Sequence
+from typing import Protocol, cast, runtime_checkable
 
+import jax
 from jaxtyping import Array
-
-from recyc_jax.attention import reference
 
 
 @runtime_checkable
 class Implementation(Protocol):
-    """What a module of this folder offers to the decode loop; `reference.py` documents each."""
+    """What a module of this folder offers to the decode loop; `reference.py` documents each function."""
+
+    SLOTS_LAST: bool
+    """The cache is stored as [B, K, H, S], its capacity whole tiles (`cache.py`)."""
+    COPIES: bool
+    """What a policy reads between two refreshes is to be copied (`compact`) and read in pieces, not by index."""
 
     def full(self, q: Array, keys: Array, values: Array, visible: Array) -> Array: ...
 
@@ -25,6 +31,10 @@ class Implementation(Protocol):
 
     def selected_with_weights(self, q: Array, keys: Array, values: Array, slots: Array) -> tuple[Array, Array]: ...
 
+    def pieces_with_weights(self, q: Array, pieces: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array]: ...
+
+    def compact(self, keys: Array, values: Array, chosen: Array, most: int) -> tuple[Array, Array]: ...
+
     def chunk(self, q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> Array: ...
 
     def chunk_with_mass(
@@ -32,16 +42,27 @@ class Implementation(Protocol):
     ) -> tuple[Array, Array]: ...
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {"reference": reference}
+IMPLEMENTATIONS = {"reference": "recyc_jax.attention.reference", "pallas_tpu": "recyc_jax.attention.pallas_tpu"}
+"""The modules; kernels are imported when they are first asked for."""
+
+_KERNELS = {"tpu": "pallas_tpu"}  # by the platform that JAX runs on
 
 
 def resolve(name: str | None) -> Implementation:
-    """The implementation of that name; None takes the plain one, which runs everywhere.
+    """The implementation of that name. None takes the kernels made for the platform that JAX runs on, the plain one
+    (`"reference"`) where there are none; `"pallas"` takes the kernels or raises.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        return reference
+        name = _KERNELS.get(jax.default_backend(), "reference")
+    if name == "pallas":
+        platform = jax.default_backend()
+        if platform not in _KERNELS:
+            raise ValueError(
+                f"implementation='pallas': there are no kernels for {platform}, only for {', '.join(_KERNELS)}"
+            )
+        name = _KERNELS[platform]
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r} is unknown; there is {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name]
+        raise ValueError(f"implementation={name!r} is unknown; there is pallas, {', '.join(IMPLEMENTATIONS)}")
+    return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))

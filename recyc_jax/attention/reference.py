@@ -8,10 +8,16 @@ minimum, so a row with nothing to see gives finite garbage rather than NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+
+SLOTS_LAST: bool = False
+COPIES: bool = False
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -36,11 +42,12 @@ def causal(
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def _decode_logits(
+def decode_logits(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
     visible: Bool[Array, "B _ S"],
 ) -> Float[Array, "B K G S"]:
+    """Scaled logits of one query a row, those of slots that are not visible (of all heads or of each) masked."""
     grouped = _grouped(q, keys.shape[1])
     logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32)
     return jnp.where(visible[:, :, None, :], logits * _scale(q.shape[-1]), MASKED)
@@ -71,7 +78,7 @@ def full_with_weights(
     visible: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
     """`full`, and the probabilities of each query head in float32."""
-    return _weighted(_decode_logits(q, keys, visible[:, None]), values, q)
+    return _weighted(decode_logits(q, keys, visible[:, None]), values, q)
 
 
 def full_with_scores(
@@ -83,7 +90,7 @@ def full_with_scores(
     """`full`, and how much each slot matters to the query: its log-probability, the maximum over the heads of its group
     (section 3.1 of the paper). Our decision: float32 `logit - logsumexp` rather than the probability, which underflows in
     the tail and would leave the order there to chance. Slots that are not visible hold meaningless finite numbers."""
-    logits = _decode_logits(q, keys, visible[:, None])
+    logits = decode_logits(q, keys, visible[:, None])
     scores = jnp.max(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis=2)
     return _weighted(logits, values, q)[0], scores
 
@@ -105,7 +112,7 @@ def window_scores(
     def add(index: Array, total: Array) -> Array:
         seen = (slots >= starts[:, None]) & (slots <= first + index)
         here = lax.dynamic_index_in_dim(q, index, axis=1, keepdims=False)
-        logits = _decode_logits(here, keys, seen[:, None])
+        logits = decode_logits(here, keys, seen[:, None])
         chances = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         is_token = first + index >= starts
         return jnp.logaddexp(total, jnp.where(is_token[:, None, None, None], chances, MASKED))
@@ -134,7 +141,35 @@ def selected_with_weights(
     at = jnp.maximum(slots, 0)[..., None]
     near_keys = jnp.take_along_axis(keys, at, axis=2, mode="clip")
     near_values = jnp.take_along_axis(values, at, axis=2, mode="clip")
-    return _weighted(_decode_logits(q, near_keys, slots >= 0), near_values, q)
+    return _weighted(decode_logits(q, near_keys, slots >= 0), near_values, q)
+
+
+def pieces_with_weights(
+    q: Float[Array, "B N H"],
+    pieces: Sequence[tuple[Array, Array, Array]],
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K G R"]]:
+    """One query a row over several pieces as one softmax, and the probabilities piece after piece. A piece is its keys
+    [B, K, R, H], its values, and which of them are visible [B, K or 1, R]; nothing is gathered or copied."""
+    logits = [decode_logits(q, keys, visible) for keys, _, visible in pieces]
+    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+    ends = np.cumsum([keys.shape[2] for keys, _, _ in pieces])
+    out = sum(
+        jnp.einsum("bkgs,bksh->bkgh", here.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        for here, (_, values, _) in zip(jnp.split(weights, ends[:-1], axis=-1), pieces, strict=True)
+    )
+    return jnp.asarray(out).astype(q.dtype).reshape(q.shape), weights
+
+
+def compact(
+    keys: Float[Array, "B K S H"], values: Float[Array, "B K S H"], chosen: Bool[Array, "B K S"], most: int
+) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R H"]]:
+    """The keys and values of the chosen slots, at most `most` a head, in the slots' order, then zeros."""
+    unchosen_last = jnp.argsort(~chosen, axis=2, stable=True)[..., :most]
+    listed = (jnp.arange(most) < jnp.sum(chosen, axis=2, keepdims=True))[..., None]
+    near_keys, near_values = (
+        jnp.where(listed, jnp.take_along_axis(cached, unchosen_last[..., None], axis=2), 0) for cached in (keys, values)
+    )
+    return near_keys, near_values
 
 
 def chunk(

@@ -30,7 +30,16 @@ def pool(
     return jnp.where(hidden, -jnp.inf, pooled)
 
 
-def top_slots(scores: Float[Array, "B K S"], budget: int) -> Int[Array, "B K R"]:
+def top_slots(scores: Float[Array, "*heads S"], budget: int) -> Int[Array, "*heads R"]:
     """The R = min(budget, S) best slots in rank order, ties to the lower slot; -1 where the score is -inf."""
     best, slots = lax.top_k(scores, min(budget, scores.shape[-1]))
     return jnp.where(best == -jnp.inf, -1, slots.astype(jnp.int32))
+
+
+def listed(scores: Float[Array, "B K S"], slots: Int[Array, "B K R"]) -> Bool[Array, "B K S"]:
+    """Which slots `top_slots` of these scores has listed, without a scatter: those before the last one in its order."""
+    last = slots[..., -1:]
+    least = jnp.take_along_axis(scores, jnp.maximum(last, 0), axis=2)
+    at = jnp.arange(scores.shape[2], dtype=jnp.int32)
+    before = (scores > least) | ((scores == least) & (at <= last))
+    return jnp.where(last < 0, scores > -jnp.inf, before)

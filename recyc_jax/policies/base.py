@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from recyc_jax import cache
 from recyc_jax.attention.api import Implementation
-from recyc_jax.cache import Leaf
+from recyc_jax.cache import LayerCache, Leaf
 
 State = Any
 
@@ -57,8 +58,7 @@ class Step(NamedTuple):
 
     q: Array  # [B, N, H], after RoPE
     plain_q: Array  # [B, N, H], before RoPE
-    keys: Array  # [B, K, S, H]
-    values: Array  # [B, K, S, H]
+    cached: LayerCache
     starts: Array  # int32 [B]
     length: Array  # int32 []
     number: Array  # int32 []: decode steps count from 1
@@ -70,8 +70,32 @@ class Step(NamedTuple):
         return self.length - 1
 
     @property
+    def keys(self) -> Array:
+        """[B, K, S, H]"""
+        return self.cached.keys
+
+    @property
+    def values(self) -> Array:
+        """[B, K, S, H]"""
+        return self.cached.values
+
+    @property
     def visible(self) -> Bool[Array, "B S"]:
         return cache.filled(self.starts, self.length, self.keys.shape[2])
+
+
+class Caches(NamedTuple):
+    """All layers' caches, as choosing sees them."""
+
+    attention: Implementation
+    layers: tuple[LayerCache, ...]
+    visible: Array  # bool [B, S]
+
+    @property
+    def length(self) -> Int[Array, ""]:
+        """Slots written so far."""
+        at = jnp.arange(1, self.visible.shape[1] + 1, dtype=jnp.int32)
+        return jnp.max(jnp.where(self.visible, at, 0))
 
 
 class Attended(NamedTuple):
@@ -102,7 +126,7 @@ class Policy(abc.ABC):
         return Observes()
 
     @abc.abstractmethod
-    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[State, ...]:
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[State, ...]:
         """Each layer's state after the prompt."""
 
     @abc.abstractmethod
@@ -113,6 +137,6 @@ class Policy(abc.ABC):
         """A deciding step. The state that it leaves goes through `settle`."""
         raise TypeError(f"{type(self).__name__} has no deciding steps")
 
-    def settle(self, states: tuple[State, ...], visible: Bool[Array, "B S"]) -> tuple[State, ...]:
+    def settle(self, states: tuple[State, ...], caches: Caches) -> tuple[State, ...]:
         """Each layer's state after a deciding step, from what `decide` left in each."""
         return states

@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from recyc_jax.attention.api import Implementation
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Policy, Step
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Policy, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class FullAttention(Policy):
     def period(self) -> int:
         return LOOK_EVERY
 
-    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[None, ...]:
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[None, ...]:
         return (None,) * len(observed)
 
     def attend(self, attention: Implementation, step: Step, state: None) -> Attended:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax.attention import select
 from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
 from recyc_jax.config import whole_number
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Observes, Policy, Step
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Observes, Policy, Step
 from recyc_jax.policies.recycled_set import best_slots
 
 
@@ -31,6 +32,7 @@ class Hitters:
 
     slots: Leaf  # int32 [B, K, R]; -1 is an empty entry
     mass: Leaf  # float32 [B, K, G, R]: each one's probability summed over all queries so far
+    copied: Any = None  # keys and values [B, K, P, H] of the heavy ones, where the implementation wants copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +71,12 @@ class H2O(Policy):
         budget = min(self.budget, capacity + 1)
         return budget // 2, budget - budget // 2
 
-    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[Hitters, ...]:
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[Hitters, ...]:
+        attention, visible = caches.attention, caches.visible
         capacity = visible.shape[1]
         heavy, recent = self._halves(capacity)
         at = jnp.arange(capacity, dtype=jnp.int32)
-        length = jnp.max(jnp.where(visible, at + 1, 0))
+        length = caches.length
         # the next token makes the recent ones complete, so one place less is taken now
         is_old = visible & (at < length - (recent - 1))
         # entry e of the ring holds the one recent slot that leaves the remainder e; `length` itself is still to come
@@ -85,15 +88,27 @@ class H2O(Policy):
         masses = [cast(Array, layer.mass) for layer in observed]
         standing = [jnp.where(is_old[:, None], jnp.max(mass, axis=2), -jnp.inf) for mass in masses]
         states = []
-        for mass, slots in zip(masses, best_slots(standing, heavy), strict=True):
-            slots = jnp.pad(slots, ((0, 0), (0, 0), (0, heavy - slots.shape[2])), constant_values=-1)
+        for mass, scores, slots, cached in zip(
+            masses, standing, best_slots(standing, heavy), caches.layers, strict=True
+        ):
+            if attention.COPIES:
+                listed = select.listed(scores, slots)
+                copied = attention.compact(cached.keys, cached.values, listed, heavy)
+                slots, kept = _side_by_side(listed, mass, slots.shape[2])
+            else:
+                copied = None
+                kept = jnp.take_along_axis(mass, jnp.maximum(slots, 0)[:, :, None], axis=3)
+            spare = ((0, 0), (0, 0), (0, heavy - slots.shape[2]))
+            slots = jnp.pad(slots, spare, constant_values=-1)
             slots = jnp.concatenate([slots, jnp.broadcast_to(ring, (*slots.shape[:2], recent))], axis=2)
-            kept = jnp.take_along_axis(mass, jnp.maximum(slots, 0)[:, :, None], axis=3)
-            states.append(Hitters(slots, jnp.where(slots[:, :, None] < 0, 0, kept)))
+            kept = jnp.pad(kept, ((0, 0), *spare))
+            kept = jnp.concatenate([kept, _as_ring(mass, jnp.int32(0), length, recent)], axis=3)
+            states.append(Hitters(slots, jnp.where(slots[:, :, None] < 0, 0, kept), copied))
         return tuple(states)
 
-    def insert(self, kept: Hitters, slot: Int[Array, ""], capacity: int) -> Hitters:
+    def insert(self, kept: Hitters, step: Step) -> Hitters:
         """The set with the new token in it. The one that is recent no longer competes with the heavy ones."""
+        slot, capacity = step.slot, step.keys.shape[2]
         heavy, recent = self._halves(capacity)
         entries = jnp.arange(heavy + recent, dtype=jnp.int32)
         at = heavy + slot % recent
@@ -108,17 +123,42 @@ class H2O(Policy):
         here = promoted & (entries == weakest)
         slots = jnp.where(here, leaving, kept.slots)
         mass = jnp.where(here[:, :, None], leaving_mass, kept.mass)
+        copied = kept.copied
+        if copied is not None:
+            gone = jnp.clip(slot - recent, 0, capacity - 1)
+            placed = jnp.pad(here[..., :heavy], ((0, 0), (0, 0), (0, copied[0].shape[2] - heavy)))[..., None]
+            copied = tuple(
+                jnp.where(placed, lax.dynamic_slice_in_dim(cached, gone, 1, axis=2), near)
+                for cached, near in zip((step.keys, step.values), copied, strict=True)
+            )
         newest = entries == at
-        return Hitters(jnp.where(newest, slot, slots), jnp.where(newest, 0, mass))
+        return Hitters(jnp.where(newest, slot, slots), jnp.where(newest, 0, mass), copied)
 
     def attend(self, attention: Implementation, step: Step, state: Hitters) -> Attended:
-        kept = self.insert(state, step.slot, step.keys.shape[2])
-        out, weights = attention.selected_with_weights(step.q, step.keys, step.values, kept.slots)
+        kept = self.insert(state, step)
+        if kept.copied is None:
+            out, weights = attention.selected_with_weights(step.q, step.keys, step.values, kept.slots)
+        else:
+            out, weights = self._in_pieces(attention, step, kept)
         return Attended(out, _credited(kept, weights), jnp.zeros(step.q.shape[0], jnp.bool_))
+
+    def _in_pieces(self, attention: Implementation, step: Step, kept: Hitters) -> tuple[Array, Array]:
+        """`selected_with_weights` over the copies of the heavy ones and the recent ones as they lie in the cache."""
+        capacity = step.keys.shape[2]
+        heavy, recent = self._halves(capacity)
+        near_keys, near_values = cast(tuple[Array, Array], kept.copied)
+        spare = near_keys.shape[2] - heavy
+        is_heavy = jnp.pad(kept.slots[..., :heavy] >= 0, ((0, 0), (0, 0), (0, spare)))
+        keys, values, slots = step.cached.latest(step.length, min(recent, capacity))
+        seen = (slots >= step.starts[:, None]) & (slots > step.slot - recent) & (slots < step.length)
+        pieces = ((near_keys, near_values, is_heavy), (keys, values, seen[:, None]))
+        out, weights = attention.pieces_with_weights(step.q, pieces)
+        of_recent = _as_ring(weights[..., heavy + spare :], slots[0], step.length, recent)
+        return out, jnp.concatenate([weights[..., :heavy], of_recent], axis=3)
 
     def decide(self, attention: Implementation, step: Step, state: Hitters) -> Attended:
         def full() -> Attended:
-            kept = self.insert(state, step.slot, step.keys.shape[2])
+            kept = self.insert(state, step)
             out, weights = attention.full_with_weights(step.q, step.keys, step.values, step.visible)
             weights = jnp.take_along_axis(weights, jnp.maximum(kept.slots, 0)[:, :, None], axis=3)
             return Attended(out, _credited(kept, weights), jnp.ones(step.q.shape[0], jnp.bool_))
@@ -126,5 +166,27 @@ class H2O(Policy):
         return lax.cond(step.number % self.period == 0, full, lambda: self.attend(attention, step, state))
 
 
+def _side_by_side(
+    listed: Bool[Array, "B K S"], mass: Float[Array, "B K G S"], most: int
+) -> tuple[Int[Array, "B K R"], Float[Array, "B K G R"]]:
+    """The listed slots in ascending order, -1 last, and their masses, without a gather: a TPU would turn the masses around
+    for one, and pad them to 128 times their size."""
+    absent = jnp.iinfo(jnp.int32).max
+    at = jnp.where(listed, jnp.arange(listed.shape[2], dtype=jnp.int32), absent)
+    by_head = [mass[:, :, head] for head in range(mass.shape[2])]
+    slots, *masses = lax.sort((at, *by_head), dimension=2, num_keys=1)
+    slots = slots[..., :most]
+    return jnp.where(slots == absent, -1, slots), jnp.stack([one[..., :most] for one in masses], axis=2)
+
+
+def _as_ring(by_slot: Float[Array, "B K G W"], first: Array, length: Array, recent: int) -> Float[Array, "B K G R"]:
+    """Numbers of the slots from `first` on, as the ring of the last `recent` of `length` slots has them: entry e is the
+    slot that leaves the remainder e. Zero at slots before `first`."""
+    padded = jnp.pad(by_slot, ((0, 0), (0, 0), (0, 0), (recent, 0)))
+    in_order = lax.dynamic_slice_in_dim(padded, length - first, recent, axis=3)
+    return jnp.roll(in_order, (length - recent) % recent, axis=3)
+
+
 def _credited(kept: Hitters, weights: Float[Array, "B K G R"]) -> Hitters:
-    return Hitters(kept.slots, kept.mass + jnp.where(kept.slots[:, :, None] < 0, 0, weights))
+    mass = kept.mass + jnp.where(kept.slots[:, :, None] < 0, 0, weights)
+    return dataclasses.replace(kept, mass=mass)

@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float
 from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
 from recyc_jax.config import real_number, whole_number
-from recyc_jax.policies.base import Attended, Observed, Observes, Policy, Step
-from recyc_jax.policies.recycled_set import Recycled, Unevicted, ranked_slots
+from recyc_jax.policies.base import Attended, Caches, Observed, Observes, Policy, Step
+from recyc_jax.policies.recycled_set import AnySet, Ranking, chosen_set, rank
 from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
 
 ABLATIONS = ("no_refresh", "no_full_attention")
@@ -32,7 +32,7 @@ ABLATIONS = ("no_refresh", "no_full_attention")
 class RecycledState:
     """One layer's."""
 
-    kept: Recycled | Unevicted
+    kept: AnySet
     query: Leaf | None  # float32 [B, H]: what the schedule remembers of the last full step
     scores: Leaf | None  # float32 [B, K, S]: what the set was chosen by; None where nothing is remembered
 
@@ -109,10 +109,10 @@ class RecycledAttention(Policy):
     def observes(self) -> Observes:
         return Observes(windows=frozenset({self.window}), query=self.schedule.by_row)
 
-    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[RecycledState, ...]:
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[RecycledState, ...]:
         scores = [layer.scores[self.window] for layer in observed]
         states = []
-        for kept, layer in zip(self._choose(scores, visible), observed, strict=True):
+        for kept, layer in zip(self._choose(scores, caches), observed, strict=True):
             query = None
             if self.schedule.by_row:
                 query = self.schedule.remember(cast(Array, layer.q), cast(Array, layer.plain_q))
@@ -120,21 +120,22 @@ class RecycledAttention(Policy):
             states.append(RecycledState(kept, query, remembered))
         return tuple(states)
 
-    def _choose(
-        self, scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"]
-    ) -> list[Recycled] | list[Unevicted]:
-        """The set that a full step with these scores leaves, a layer each."""
+    def _rank(self, scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"]) -> list[Ranking]:
         lookahead = self.period - 1 if self.lookahead == "auto" else self.lookahead
-        slots = ranked_slots(scores, visible, self.budget, self.pool, lookahead)
-        if self.evict:
-            return [Recycled.of(layer_slots) for layer_slots in slots]
-        length = jnp.max(jnp.where(visible, jnp.arange(1, visible.shape[1] + 1, dtype=jnp.int32), 0))
-        return [Unevicted.of(layer_slots, length) for layer_slots in slots]
+        return rank(scores, visible, self.budget, self.pool, lookahead)
+
+    def _choose(self, scores: Sequence[Float[Array, "B K S"]], caches: Caches) -> list[AnySet]:
+        """The set that a full step with these scores leaves, a layer each."""
+        rankings = self._rank(scores, caches.visible)
+        return [
+            chosen_set(caches.attention, cached, ranking, caches.length, self.evict)
+            for cached, ranking in zip(caches.layers, rankings, strict=True)
+        ]
 
     def attend(self, attention: Implementation, step: Step, state: RecycledState) -> Attended:
         """A partial step: the new token enters the set before attending."""
         kept = state.kept.insert(step.slot)
-        out = attention.selected(step.q, step.keys, step.values, kept.read(step.length, self._newest(step)))
+        out = kept.attend(attention, step, self._newest(step))
         return Attended(out, dataclasses.replace(state, kept=kept), jnp.zeros(step.q.shape[0], jnp.bool_))
 
     def _newest(self, step: Step) -> int:
@@ -168,13 +169,13 @@ class RecycledAttention(Policy):
 
         return lax.cond(jnp.any(due), full, partial)
 
-    def settle(self, states: tuple[Unsettled, ...], visible: Bool[Array, "B S"]) -> tuple[RecycledState, ...]:
+    def settle(self, states: tuple[Unsettled, ...], caches: Caches) -> tuple[RecycledState, ...]:
         """The refresh: the sets of the layers and rows that took a full step, chosen from its scores."""
 
         def renewed() -> tuple[RecycledState, ...]:
             scores = [self._remembering(state) for state in states]
             made = []
-            for kept, state, layer_scores in zip(self._choose(scores, visible), states, scores, strict=True):
+            for kept, state, layer_scores in zip(self._choose(scores, caches), states, scores, strict=True):
                 remembered = None if self.decay is None else layer_scores
                 fresh = RecycledState(kept, state.query, remembered)
                 made.append(_by_row(state.renew, fresh, dataclasses.replace(state.partial, query=state.query)))

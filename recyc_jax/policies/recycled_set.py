@@ -1,29 +1,58 @@
-"""The recycled tokens of a layer, as indices into the full cache: ranked ones, and what has come since."""
+"""The recycled tokens of a layer: ranked ones, and what has come since.
+
+Two are indices into the full cache; the third, for machines that read single slots slowly, is a copy of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import select
-from recyc_jax.cache import Leaf
+from recyc_jax.attention.api import Implementation
+from recyc_jax.cache import LayerCache, Leaf
+from recyc_jax.policies.base import Step
 
 
-def ranked_slots(
+class Ranking(NamedTuple):
+    """What a layer's set is made of."""
+
+    slots: Array  # int32 [B, K, R]: the best ones, best first, ties to the earlier; -1 beyond the tokens there are
+    scores: Array  # float32 [B, K, S]: what they were ranked by; -inf at slots without a token
+
+
+def rank(
     scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"], budget: int, pool: int, lookahead: int
-) -> list[Int[Array, "B K R"]]:
-    """For each layer the R = min(budget, S) best slots by pooled score, best first, ties to the earlier; -1 beyond the
-    tokens there are. All layers in one sort, which is what takes long to compile and to start."""
-    return best_slots([select.pool(layer_scores, visible, pool, lookahead) for layer_scores in scores], budget)
+) -> list[Ranking]:
+    """For each layer the R = min(budget, S) best slots by pooled score."""
+    pooled = [select.pool(layer_scores, visible, pool, lookahead) for layer_scores in scores]
+    return [Ranking(*both) for both in zip(best_slots(pooled, budget), pooled, strict=True)]
 
 
 def best_slots(scores: Sequence[Float[Array, "B K S"]], count: int) -> list[Int[Array, "B K R"]]:
-    """`select.top_slots` of each layer, in one sort."""
-    together = select.top_slots(jnp.concatenate(scores, axis=0), count)
-    return jnp.split(together, len(scores), axis=0)
+    """`select.top_slots` of each layer; all in one sort, which is what takes long to compile and to start."""
+    return list(select.top_slots(jnp.stack(scores), count))
+
+
+def by_position(slots: Int[Array, "B K R"], *others: Array) -> tuple[Array, ...]:
+    """The slots in ascending order, -1 last, and arrays [B, K, R] that go with them."""
+    absent = jnp.iinfo(jnp.int32).max
+    first, *rest = lax.sort((jnp.where(slots < 0, absent, slots), *others), dimension=2, num_keys=1)
+    return jnp.where(first == absent, -1, first), *rest
+
+
+def chosen_set(
+    attention: Implementation, cached: LayerCache, ranking: Ranking, length: Int[Array, ""], evict: bool
+) -> Recycled | Unevicted | Copied:
+    """The set that a ranking leaves, in the form that this implementation reads; `length` slots are written."""
+    if attention.COPIES:
+        return Copied.of(attention, cached, ranking, length, evict)
+    return Recycled.of(ranking.slots) if evict else Unevicted.of(ranking.slots, length)
 
 
 @flax.struct.dataclass
@@ -48,9 +77,9 @@ class Recycled:
         replaced = jnp.arange(entries, dtype=jnp.int32) == self.lowest[:, None, None]
         return Recycled(jnp.where(replaced, slot, self.slots), (self.lowest - 1) % entries)
 
-    def read(self, length: Int[Array, ""], newest: int) -> Int[Array, "B K R"]:
-        """The slots to attend to."""
-        return self.slots
+    def attend(self, attention: Implementation, step: Step, newest: int) -> Array:
+        """One query a row over the set, [B, N, H]."""
+        return attention.selected(step.q, step.keys, step.values, self.slots)
 
 
 @flax.struct.dataclass
@@ -68,8 +97,68 @@ class Unevicted:
         """The set itself: what is new is told by `since`."""
         return self
 
-    def read(self, length: Int[Array, ""], newest: int) -> Int[Array, "B K R_and_newest"]:
-        """The slots to attend to; at most `newest` tokens have come since the refresh."""
+    def attend(self, attention: Implementation, step: Step, newest: int) -> Array:
+        """One query a row over the set, [B, N, H]; at most `newest` tokens have come since the refresh."""
         new = self.since[:, None, None] + jnp.arange(newest, dtype=jnp.int32)
-        new = jnp.where(new < length, new, -1)
-        return jnp.concatenate([self.slots, jnp.broadcast_to(new, (*self.slots.shape[:2], newest))], axis=2)
+        new = jnp.where(new < step.length, new, -1)
+        new = jnp.broadcast_to(new, (*self.slots.shape[:2], newest))
+        slots = jnp.concatenate([self.slots, new], axis=2)
+        return attention.selected(step.q, step.keys, step.values, slots)
+
+
+FEW = 128
+"""New tokens up to which `Copied` reads a short piece of the cache."""
+
+
+@flax.struct.dataclass
+class Copied:
+    """`Recycled` or `Unevicted` without reading by index: the ranked tokens' keys and values, copied when they were
+    ranked, and the newest tokens, which lie side by side in the cache. Who leaves is told by rank and number."""
+
+    keys: Leaf  # [B, K, P, H], in the slots' order
+    values: Leaf
+    ranks: Leaf  # int32 [B, K, P]: 0 is the best; that of an entry that holds nothing is beyond all
+    since: Leaf  # int32 [B]: the first slot after the refresh
+    entries: int = flax.struct.field(pytree_node=False)  # R
+    evict: bool = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(
+        cls, attention: Implementation, cached: LayerCache, ranking: Ranking, length: Int[Array, ""], evict: bool
+    ) -> Copied:
+        slots, entries = ranking.slots, ranking.slots.shape[2]
+        keys, values = attention.compact(cached.keys, cached.values, select.listed(ranking.scores, slots), entries)
+        beyond = jnp.iinfo(jnp.int32).max
+        ordered, ranks = by_position(slots, jnp.broadcast_to(jnp.arange(entries, dtype=jnp.int32), slots.shape))
+        ranks = jnp.where(ordered < 0, beyond, ranks)
+        ranks = jnp.pad(ranks, ((0, 0), (0, 0), (0, keys.shape[2] - entries)), constant_values=beyond)
+        return cls(keys, values, ranks, jnp.broadcast_to(length, slots.shape[:1]), entries, evict)
+
+    def insert(self, slot: Int[Array, ""]) -> Copied:
+        """The set itself: what is new is told by `since`."""
+        return self
+
+    def attend(self, attention: Implementation, step: Step, newest: int) -> Array:
+        """One query a row over the set, [B, N, H]; at most `newest` tokens have come since the refresh."""
+        new = step.length - self.since  # the token of this step among them
+        if self.evict:
+            newest = min(newest, self.entries)
+            old_seen = self.ranks < (self.entries - new)[:, None, None]
+        else:
+            old_seen = self.ranks < self.entries
+        newest = min(newest, step.keys.shape[2])
+
+        def over(count: int) -> Array:
+            keys, values, slots = step.cached.latest(step.length, count)
+            new_seen = (slots >= self.since[:, None]) & (slots < step.length)
+            if self.evict:  # once all ranked ones have left, the oldest new ones do
+                new_seen &= slots >= step.length - self.entries
+            pieces = ((self.keys, self.values, old_seen), (keys, values, new_seen[:, None]))
+            return attention.pieces_with_weights(step.q, pieces)[0]
+
+        if newest <= 2 * FEW:
+            return over(newest)
+        return lax.cond(jnp.max(new) <= FEW, lambda: over(FEW), lambda: over(newest))
+
+
+AnySet = Recycled | Unevicted | Copied

@@ -13,12 +13,11 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
 
 from recyc_jax.attention.api import Implementation
 from recyc_jax.config import whole_number
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Observes, Policy, Step
-from recyc_jax.policies.recycled_set import Recycled, ranked_slots
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Observes, Policy, Step
+from recyc_jax.policies.recycled_set import AnySet, chosen_set, rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +48,15 @@ class SnapKV(Policy):
     def observes(self) -> Observes:
         return Observes(windows=frozenset({self.window}))
 
-    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[Recycled, ...]:
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[AnySet, ...]:
         scores = [layer.scores[self.window] for layer in observed]
-        return tuple(map(Recycled.of, ranked_slots(scores, visible, self.budget, self.pool, self.lookahead)))
+        rankings = rank(scores, caches.visible, self.budget, self.pool, self.lookahead)
+        return tuple(
+            chosen_set(caches.attention, cached, ranking, caches.length, evict=True)
+            for cached, ranking in zip(caches.layers, rankings, strict=True)
+        )
 
-    def attend(self, attention: Implementation, step: Step, state: Recycled) -> Attended:
+    def attend(self, attention: Implementation, step: Step, state: AnySet) -> Attended:
         state = state.insert(step.slot)
-        out = attention.selected(step.q, step.keys, step.values, state.slots)
+        out = state.attend(attention, step, step.keys.shape[2])
         return Attended(out, state, jnp.zeros(step.q.shape[0], jnp.bool_))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from recyc_jax.attention.api import Implementation
 from recyc_jax.config import whole_number
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Observed, Policy, Step
+from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Policy, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class StreamingLLM(Policy):
     def decides(self) -> bool:
         return self.full_stride is not None
 
-    def start(self, observed: Sequence[Observed], visible: Bool[Array, "B S"]) -> tuple[None, ...]:
+    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[None, ...]:
         return (None,) * len(observed)
 
     def slots(self, starts: Int[Array, " B"], length: Int[Array, ""], capacity: int) -> Int[Array, "B R"]:
@@ -59,10 +60,32 @@ class StreamingLLM(Policy):
         return jnp.concatenate([sinks, jnp.where(latest >= starts[:, None] + self.sinks, latest, -1)], axis=1)
 
     def attend(self, attention: Implementation, step: Step, state: None) -> Attended:
+        read = self._in_pieces if attention.COPIES else self._by_index
+        return Attended(read(attention, step), None, jnp.zeros(step.q.shape[0], jnp.bool_))
+
+    def _in_pieces(self, attention: Implementation, step: Step) -> Array:
+        """The sinks and the latest as they lie in the cache."""
+        capacity = step.keys.shape[2]
+        sinks = min(self.sinks, capacity)
+
+        def first(cached: Array) -> Array:
+            return jax.vmap(lambda row, start: lax.dynamic_slice_in_dim(row, start, sinks, axis=1))(cached, starts)
+
+        starts = jnp.minimum(
+            step.starts, capacity - sinks
+        )  # a row of fewer tokens than sinks may start at the very end
+        sink_slots = starts[:, None] + jnp.arange(sinks, dtype=jnp.int32)
+        sinks_seen = (sink_slots >= step.starts[:, None]) & (sink_slots < step.length)
+        recent = min(self.budget - self.sinks, capacity)
+        keys, values, slots = step.cached.latest(step.length, recent)
+        seen = (slots >= step.starts[:, None] + self.sinks) & (slots >= step.length - recent) & (slots < step.length)
+        pieces = ((first(step.keys), first(step.values), sinks_seen[:, None]), (keys, values, seen[:, None]))
+        return attention.pieces_with_weights(step.q, pieces)[0]
+
+    def _by_index(self, attention: Implementation, step: Step) -> Array:
         slots = self.slots(step.starts, step.length, step.keys.shape[2])
         slots = jnp.broadcast_to(slots[:, None], (slots.shape[0], step.keys.shape[1], slots.shape[1]))
-        out = attention.selected(step.q, step.keys, step.values, slots)
-        return Attended(out, None, jnp.zeros(step.q.shape[0], jnp.bool_))
+        return attention.selected(step.q, step.keys, step.values, slots)
 
     def decide(self, attention: Implementation, step: Step, state: None) -> Attended:
         def full() -> Attended:

@@ -1,0 +1,88 @@
+"""Policies that read copies and pieces choose what those that read by index choose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from test_contract import NEW, RAGGED, STRINGS
+
+import recyc_jax as rj
+from recyc_jax.attention import api
+from recyc_jax.policies import recycled_set
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "in_pieces", "in_pieces")
+
+
+def scores(params, config, policy, implementation, new=NEW):
+    tokens = jax.random.randint(jax.random.key(0), (2, 30 + new), 0, config.vocab_size)
+    return rj.score(params, config, tokens, policy=policy, context_length=30, implementation=implementation)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("text", STRINGS)
+def test_the_same_probabilities(params, config, text):
+    policy = rj.parse_policy(text)
+    want, got = (scores(params, config, policy, name) for name in ("reference", "in_pieces"))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("text", [STRINGS[3], STRINGS[7], "h2o:budget=5,full_stride=3", "streaming_llm:budget=6"])
+def test_the_same_tokens_of_a_ragged_batch(params, config, text):
+    """The shortest prompt has one token: fewer than the budget, the window, the sinks."""
+    want, got = (
+        rj.generate(params, config, RAGGED, policy=rj.parse_policy(text), max_new_tokens=NEW, implementation=name)
+        for name in ("reference", "in_pieces")
+    )
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.usefixtures("in_pieces")
+@pytest.mark.parametrize("text", ["recycled:budget=9,check_every=3,threshold=0.1,evict=false", "snapkv:budget=12"])
+def test_many_new_tokens_are_read_in_a_long_piece(params, config, text, monkeypatch):
+    """Beyond `FEW` new tokens, and beyond the budget, where the oldest new ones leave."""
+    monkeypatch.setattr(recycled_set, "FEW", 4)
+    policy = rj.parse_policy(text)
+    np.testing.assert_allclose(
+        scores(params, config, policy, "in_pieces", 31), scores(params, config, policy, "reference", 31), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["full", "recycled:budget=9,stride=4", "recycled:budget=9,check_every=3,threshold=0.1", "h2o:budget=6"]
+)
+def test_the_kernels_in_the_loop(params, config, text):
+    """Interpreted: prefill, full steps with scores, copies at refreshes."""
+    policy = rj.parse_policy(text)
+    want = scores(params, config, policy, "reference", 9)
+    with pltpu.force_tpu_interpret_mode():
+        got = scores(params, config, policy, "pallas_tpu", 9)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+def test_a_state_goes_on_with_what_it_began_with(params, config, in_pieces):
+    state = rj.prefill(params, config, RAGGED)
+    with pytest.raises(ValueError, match="'in_pieces' stores its cache another way than this state's"):
+        rj.decode(params, config, state, policy=rj.FullAttention(), implementation="in_pieces")
+
+
+def test_kernels_by_platform(monkeypatch):
+    assert api.resolve(None).__name__ == "recyc_jax.attention.reference"
+    with pytest.raises(ValueError, match="no kernels for cpu, only for tpu"):
+        api.resolve("pallas")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert api.resolve(None) is api.resolve("pallas") is api.resolve("pallas_tpu")
+
+
+def test_room_is_what_was_asked_for(params, config, in_pieces):
+    """Not what rounding the capacity up to a tile has added."""
+    state = rj.prefill(params, config, RAGGED, max_new_tokens=7, implementation="in_pieces")
+    assert state.cache.capacity == 128
+    out, _ = rj.decode(params, config, state, policy=rj.FullAttention(), implementation="in_pieces")
+    assert out.tokens.shape == (len(RAGGED), 7)
+    assert jnp.issubdtype(out.tokens.dtype, jnp.integer)
