@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from typing import Any, Literal
 
 Backend = Literal["auto", "cpu", "gpu", "tpu"]
 
 
-def select(backend: Backend) -> None:
-    """Make JAX use this backend. Raises ValueError, naming what was found, where the machine lacks it."""
+def select(backend: Backend, several_hosts: bool = False) -> None:
+    """Make JAX use this backend, on all hosts of the run. Raises ValueError, naming what was found, where it is lacking."""
     import jax
+
+    from eval import hosts
 
     if backend == "cpu":
         jax.config.update("jax_platforms", "cpu")
+    if not jax.distributed.is_initialized():
+        hosts.join()
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -20,3 +25,38 @@ def select(backend: Backend) -> None:
     if backend not in ("auto", devices[0].platform):
         kinds = sorted({f"{device.platform} ({device.device_kind})" for device in devices})
         raise ValueError(f"--backend {backend}: no such device; JAX found {len(devices)} x {', '.join(kinds)}")
+    if jax.process_count() > 1 and not several_hosts:
+        raise ValueError(f"this command runs on one host, and {jax.process_count()} have found each other")
+
+
+def on(mesh: Any) -> contextlib.AbstractContextManager[Any]:
+    """With the mesh set for everything that is compiled, where there is one."""
+    import jax
+
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def mesh(tensor: int, config: Any) -> Any:
+    """All devices of the run as a mesh, `tensor` of them (0: as many as divide the model) sharing each row's heads; None
+    for a single device. Raises ValueError where that many do not divide devices and model."""
+    import jax
+
+    from recyc_jax import sharding
+
+    devices = jax.device_count()
+    if tensor == 0:
+        tensor = max(size for size in range(1, devices + 1) if devices % size == 0 and _divides(config, size))
+    if devices % tensor:
+        raise ValueError(f"--tensor {tensor} does not divide the {devices} devices that there are")
+    sharding.check_divides(config, 1, tensor)
+    return None if devices == 1 else sharding.mesh(devices // tensor, 1, tensor)
+
+
+def _divides(config: Any, tensor: int) -> bool:
+    from recyc_jax import sharding
+
+    try:
+        sharding.check_divides(config, 1, tensor)
+    except ValueError:
+        return False
+    return True

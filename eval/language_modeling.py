@@ -57,6 +57,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU."""
     backend: Backend = "auto"
+    tensor: int = 0
+    """Devices that share each row's heads, of several; the others take other rows. 0: as many as divide the model."""
     allow_beyond_context: bool = False
     """Allow lengths beyond the model's context."""
 
@@ -102,7 +104,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError("--domains names a domain twice")
-    backend.select(config.backend)
+    backend.select(config.backend, several_hosts=True)
     folder = pretrained.resolve(config.model)
     model_config = pretrained.read_config(folder)
     command.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
@@ -114,6 +116,7 @@ def _prepare(config: Config) -> Callable[[], None]:
 
     import jax.numpy as jnp
 
+    mesh = backend.mesh(config.tensor, model_config)
     dtype = command.dtype_name(config.dtype)
     sources = {
         "weights": folder.name,
@@ -126,11 +129,12 @@ def _prepare(config: Config) -> Callable[[], None]:
     report = functools.partial(_report, config, log, sources, notes)
     if not todo:
         return report
-    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype))
+    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype), mesh)
     lm = pretrained.PretrainedLM(params, model_config, tokenizer)
 
     def evaluate() -> None:
-        _evaluate(config, lm, todo, log)
+        with backend.on(mesh):
+            _evaluate(config, lm, todo, log)
         report()
 
     return evaluate
@@ -223,6 +227,7 @@ def _score_batch(config: Config, lm: PretrainedLM, batch: Batch) -> Iterator[lis
     import numpy as np
 
     import recyc_jax as rj
+    from eval import hosts
 
     length = batch.sequences[0].length
     filled = batch.sequences + batch.sequences[-1:] * (batch.rows - len(batch.sequences))
@@ -234,7 +239,7 @@ def _score_batch(config: Config, lm: PretrainedLM, batch: Batch) -> Iterator[lis
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
         scores, state = rj.score_after(lm.params, lm.config, state, scored, policy=policy)
-        chances, full_steps = np.asarray(scores.log_probabilities, np.float64), np.asarray(scores.full_steps)
+        chances, full_steps = (hosts.fetched(field) for field in (scores.log_probabilities, scores.full_steps))
         seconds = (time.perf_counter() - began) / len(batch.sequences)
         yield [
             {
@@ -244,7 +249,7 @@ def _score_batch(config: Config, lm: PretrainedLM, batch: Batch) -> Iterator[lis
                 "index": sequence.index,
                 "document": sequence.document,
                 "offset": sequence.offset,
-                "nll": round(-float(chances[row].mean()), 6),
+                "nll": round(-float(chances[row].astype(np.float64).mean()), 6),
                 "steps": config.new_tokens - 1,
                 "full_steps": round(float(full_steps[row].mean()), 3),
                 "seconds": round(seconds, 4),
@@ -254,8 +259,10 @@ def _score_batch(config: Config, lm: PretrainedLM, batch: Batch) -> Iterator[lis
 
 
 def _report(config: Config, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
-    from eval import perplexity
+    from eval import hosts, perplexity
 
+    if not hosts.is_first():
+        return
     summary = perplexity.summarise(log.rows, config.policies)
     perplexity.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))

@@ -68,6 +68,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU."""
     backend: Backend = "auto"
+    tensor: int = 0
+    """Devices that share each row's heads, of several; the others take other rows. 0: as many as divide the model."""
     allow_beyond_context: bool = False
     """Allow lengths beyond the model's context."""
 
@@ -105,7 +107,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     from recyc_jax import pretrained
 
     tasks, lengths = _check(config)
-    backend.select(config.backend)
+    backend.select(config.backend, several_hosts=True)
     folder = pretrained.resolve(config.model)
     model_config = pretrained.read_config(folder)
     command.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
@@ -126,6 +128,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     import jax.numpy as jnp
 
     dtype = command.dtype_name(config.dtype)
+    mesh = backend.mesh(config.tensor, model_config)
     log = _open_log(config, cells, {"weights": folder.name, "dtype": dtype, **sources})
     todo = list(_batches(config, cells, log))
     wanted = {id(cell): cell for batch in todo for cell, _ in batch.samples}
@@ -134,11 +137,12 @@ def _prepare(config: Config) -> Callable[[], None]:
     report = functools.partial(_report, config, log, {"weights": folder.name, "dtype": dtype, **sources}, notes)
     if not todo:
         return report
-    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype))
+    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype), mesh)
     lm = pretrained.PretrainedLM(params, model_config, tokenizer)
 
     def evaluate() -> None:
-        _evaluate(lm, todo, log)
+        with backend.on(mesh):
+            _evaluate(lm, todo, log)
         report()
 
     return evaluate
@@ -367,7 +371,7 @@ def _decode_batch(lm: PretrainedLM, batch: Batch) -> Iterator[list[Row]]:
     import numpy as np
 
     import recyc_jax as rj
-    from eval import scoring
+    from eval import hosts, scoring
 
     cells = [cell for cell, _ in batch.samples]
     samples = [cell.sample(index) for cell, index in batch.samples]
@@ -385,7 +389,7 @@ def _decode_batch(lm: PretrainedLM, batch: Batch) -> Iterator[list[Row]]:
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
         out, state = rj.decode(lm.params, lm.config, state, policy=policy)
-        made, counts, full_steps = (np.asarray(field) for field in out)
+        made, counts, full_steps = (hosts.fetched(field) for field in out)
         seconds = (time.perf_counter() - began) / len(samples)
         rows = []
         for row, (cell, sample, ids) in enumerate(zip(cells, samples, prompts, strict=True)):
@@ -416,8 +420,10 @@ def _ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _report(config: Config, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
-    from eval import report
+    from eval import hosts, report
 
+    if not hosts.is_first():
+        return
     summary = report.summarise(log.rows, config.policies)
     report.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))

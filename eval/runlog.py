@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval import hosts
+
 Row = dict[str, Any]
 
 
@@ -23,23 +25,28 @@ class RunLog:
     def __init__(self, folder: Path, configuration: Mapping[str, Any], key: Sequence[str]) -> None:
         self.path = folder / "results.jsonl"
         self._key = tuple(key)
-        try:
-            self._claim(folder, dict(configuration))
-            self.rows = self._read()
-        except OSError as error:
-            raise ValueError(f"--out {folder}: {error.strerror}") from None
+
+        def claim_and_read() -> list[Row]:
+            try:
+                self._claim(folder, dict(configuration))
+                return self._read()
+            except OSError as error:
+                raise ValueError(f"--out {folder}: {error.strerror}") from None
+
+        self.rows = hosts.from_first(claim_and_read)
         self._seen = {self._id(row) for row in self.rows}
 
     def __contains__(self, identity: tuple[Any, ...]) -> bool:
         return identity in self._seen
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add rows, on disk when this returns."""
+        """Add rows, on disk when this returns. Of several processes the first one writes."""
         new = list(rows)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
-            file.flush()
-            os.fsync(file.fileno())
+        if hosts.is_first():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
+                file.flush()
+                os.fsync(file.fileno())
         self.rows += new
         self._seen |= {self._id(row) for row in new}
 

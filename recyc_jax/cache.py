@@ -19,6 +19,7 @@ from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax import sharding
 from recyc_jax.config import LlamaConfig
 
 # A field of a pytree: an array, though `jax.tree.map` may put anything in its place, so it is not checked at run time.
@@ -46,12 +47,21 @@ class LayerCache:
     @property
     def keys(self) -> Array:
         """[B, K, S, H]"""
-        return self.stored_keys.swapaxes(2, 3) if self.slots_last else self.stored_keys
+        return self._seen(self.stored_keys)
 
     @property
     def values(self) -> Array:
         """[B, K, S, H]"""
-        return self.stored_values.swapaxes(2, 3) if self.slots_last else self.stored_values
+        return self._seen(self.stored_values)
+
+    def _seen(self, stored: Array) -> Array:
+        return with_layout_constraint(stored, _AS_STORED).swapaxes(2, 3) if self.slots_last else stored
+
+    def with_others(self, keys: Float[Array, "B K R H"], values: Float[Array, "B K R H"]) -> LayerCache:
+        """Other keys and values, stored as these are."""
+        if self.slots_last:
+            keys, values = (with_layout_constraint(one.swapaxes(2, 3), _AS_STORED) for one in (keys, values))
+        return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
     def latest(self, length: Int[Array, ""], count: int) -> tuple[Array, Array, Int[Array, " R"]]:
         """Keys and values [B, K, R, H] that hold the last `count` of `length` slots, and which slots they are. More may be
@@ -107,10 +117,11 @@ def empty(
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
     if slots_last:
         shape = (*shape[:2], config.head_dim, -(-capacity // TILE) * TILE)
-    layers = tuple(
-        LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots_last)
-        for _ in range(config.num_hidden_layers)
-    )
+
+    def zeros() -> Array:
+        return sharding.spread(jnp.zeros(shape, dtype), "BK--", batch)
+
+    layers = tuple(LayerCache(zeros(), zeros(), slots_last) for _ in range(config.num_hidden_layers))
     return KVCache(layers, starts, jnp.zeros((), jnp.int32))
 
 

@@ -19,7 +19,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Key
 
-from recyc_jax import cache, model
+from recyc_jax import cache, model, sharding
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, Leaf
@@ -329,6 +329,7 @@ def score_after(
     """
     _check_state(state, policy, implementation)
     forced, _ = prompt_arrays.as_arrays(tokens, None, config)
+    forced = sharding.spread(forced, "B-", forced.shape[0])
     if forced.shape[0] != state.logits.shape[0] or forced.shape[1] > state.room:
         raise ValueError(
             f"tokens of shape {list(forced.shape)} do not fit {state.logits.shape[0]} prompts with room for {state.room}"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from recyc_jax import cache, model
+from recyc_jax import cache, model, sharding
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, LayerCache, Leaf
@@ -59,6 +59,7 @@ def prefill(
     if len(dtypes) > 1:
         raise ValueError(f"params mix {' and '.join(sorted(dtypes))}: cast them to one dtype")
     tokens, lengths = prompt_arrays.as_arrays(prompts, prompt_lengths, config)
+    tokens, lengths = (sharding.spread(*one, tokens.shape[0]) for one in ((tokens, "B-"), (lengths, "B")))
     observes = functools.reduce(operator.or_, (policy.observes for policy in policies), Observes())
     return _prefill(params, tokens, lengths, config, max_new_tokens, observes, implementation)
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from recyc_jax import fetch
+from recyc_jax import fetch, sharding
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Params, init_params
 
@@ -166,9 +168,10 @@ def hf_names(config: LlamaConfig) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def load_params(folder: Path, config: LlamaConfig, dtype: Any = None) -> Params:
+def load_params(folder: Path, config: LlamaConfig, dtype: Any = None, mesh: Mesh | None = None) -> Params:
     """The folder's weights as our parameters, read tensor by tensor into `dtype` (None: see `load_pretrained`).
 
+    With a mesh they lie on it as the table in `sharding.py` says, and each host reads its own devices' shares alone.
     Raises ValueError naming the file and tensor where one is missing, cut short or of another shape.
     """
     import safetensors
@@ -184,21 +187,43 @@ def load_params(folder: Path, config: LlamaConfig, dtype: Any = None) -> Params:
                 for name, path in names.items():
                     if name not in held:
                         raise ValueError(f"{file}: tensor {name} is missing")
-                    leaf = _leaf(shard, name, path, _at(shapes, path).shape, file)
-                    _put(params, path, jnp.asarray(leaf.astype(dtype, copy=False)))
+                    read = _reader(shard, name, path, _at(shapes, path).shape, file)
+                    _put(
+                        params,
+                        path,
+                        _placed(lambda at, read=read: read(at).astype(dtype, copy=False), path, shapes, mesh),
+                    )
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"{file}: not a complete safetensors file ({error})") from None
     return params
 
 
-def _leaf(shard: Any, name: str, path: tuple[str, ...], shape: tuple[int, ...], file: Path) -> np.ndarray:
+def _placed(read: Callable[[Any], np.ndarray], path: tuple[str, ...], shapes: Any, mesh: Mesh | None) -> jax.Array:
+    if mesh is None:
+        return jnp.asarray(read(...))
+    shape = _at(shapes, path)
+    place = NamedSharding(mesh, sharding.spec(tuple(jax.tree_util.DictKey(key) for key in path), shape))
+    return jax.make_array_from_callback(shape.shape, place, read)
+
+
+def _reader(
+    shard: Any, name: str, path: tuple[str, ...], shape: tuple[int, ...], file: Path
+) -> Callable[[Any], np.ndarray]:
+    """A function from an index into our parameter to that part of it; `...` is all."""
     transposed = path[-1] == "kernel"  # Hugging Face keeps [out, in]
     expected = shape[::-1] if transposed else shape
     found = tuple(shard.get_slice(name).get_shape())
     if found != expected:
         raise ValueError(f"{file}: tensor {name} has shape {list(found)}, the config asks for {list(expected)}")
-    tensor = shard.get_tensor(name)
-    return tensor.T if transposed else tensor
+
+    def read(at: Any) -> np.ndarray:
+        if at is ... or all(part == slice(None) for part in at):
+            tensor = shard.get_tensor(name)
+        else:
+            tensor = shard.get_slice(name)[tuple(at[::-1] if transposed else at)]
+        return tensor.T if transposed else tensor
+
+    return read
 
 
 def _files(folder: Path, wanted: dict[str, tuple[str, ...]]) -> dict[Path, dict[str, tuple[str, ...]]]:

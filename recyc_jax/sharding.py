@@ -6,10 +6,13 @@ feed-forward features and vocabulary split).
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recyc_jax.config import LlamaConfig
@@ -65,6 +68,29 @@ def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         if re.search(rf"(^|/)({pattern})$", name) and leaf.ndim >= len(split):
             return PartitionSpec(*[None] * (leaf.ndim - len(split)), *split)
     return PartitionSpec()
+
+
+def by_letters(batch: int, on: Any) -> Callable[[str], PartitionSpec]:
+    """Specs of arrays named by a letter a dimension: "B" rows (there are `batch`), "K" key/value heads, "-" neither.
+    Rows that the mesh's axes do not divide are whole everywhere."""
+    rows = tuple(axis for axis in ROWS if axis in on.axis_names)
+    parts = math.prod(on.shape[axis] for axis in rows)
+    names = {
+        "B": rows if rows and batch % parts == 0 else None,
+        "K": TENSOR if TENSOR in on.axis_names else None,
+        "-": None,
+    }
+    return lambda letters: PartitionSpec(*(names[letter] for letter in letters))
+
+
+def spread(array: Any, letters: str, batch: int) -> Any:
+    """The array as `by_letters` has it on the mesh that is set (`jax.set_mesh`); itself where none is."""
+    on = jax.sharding.get_abstract_mesh()
+    if on.empty:
+        return array
+    if isinstance(array, Tracer):
+        return jax.lax.with_sharding_constraint(array, by_letters(batch, on)(letters))
+    return jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), by_letters(batch, on)(letters)))
 
 
 def shardings(tree: Any, on: Mesh) -> Any:

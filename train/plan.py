@@ -155,7 +155,7 @@ def connect(config: Config) -> None:
             jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"the run's processes did not find each other: {str(error).splitlines()[0]}") from None
-    backend.select(config.backend)
+    backend.select(config.backend, several_hosts=True)
 
 
 # --- making ----------------------------------------------------------------------------------------------------------

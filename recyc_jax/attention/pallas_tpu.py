@@ -20,9 +20,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax import sharding
 from recyc_jax.attention.reference import (
     MASKED,
     chunk_with_mass,
@@ -31,7 +31,6 @@ from recyc_jax.attention.reference import (
     selected_with_weights,
     window_scores,
 )
-from recyc_jax.sharding import ROWS, TENSOR
 
 __all__ = [
     "chunk",
@@ -67,15 +66,7 @@ def _split(function: Callable[..., Any], batch: int, inputs: tuple[Any, ...], ou
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
-    rows = tuple(axis for axis in ROWS if axis in mesh.axis_names)
-    shards = 1
-    for axis in rows:
-        shards *= mesh.shape[axis]
-    names = {"B": rows if batch % shards == 0 else None, "K": TENSOR if TENSOR in mesh.axis_names else None, "-": None}
-
-    def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(names[letter] for letter in letters))
-
+    spec = sharding.by_letters(batch, mesh)
     out_specs = jax.tree.map(spec, outputs)
     return jax.shard_map(function, in_specs=tuple(map(spec, inputs)), out_specs=out_specs, check_vma=False)
 
@@ -125,9 +116,9 @@ def _decode_kernel(
             rest[1][0, 0] = peak[...] + jnp.log(sum_of_weights)
 
 
-def _precision(array: Any) -> lax.Precision | None:
-    """Float32 is multiplied as such: a TPU's default would round it to bfloat16."""
-    return lax.Precision.HIGHEST if array.dtype == jnp.float32 else None
+def _precision(array: Any) -> lax.Precision:
+    """Float32 is multiplied as such: a TPU's default would round it. Bfloat16 has no other precision there."""
+    return lax.Precision.HIGHEST if array.dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
 def _over_slots(weights: Array, stored: Array) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import flax.struct
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import select
 from recyc_jax.attention.api import Implementation
-from recyc_jax.cache import Leaf
+from recyc_jax.cache import LayerCache, Leaf
 from recyc_jax.config import whole_number
 from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Observes, Policy, Step
 from recyc_jax.policies.recycled_set import best_slots
@@ -32,7 +32,7 @@ class Hitters:
 
     slots: Leaf  # int32 [B, K, R]; -1 is an empty entry
     mass: Leaf  # float32 [B, K, G, R]: each one's probability summed over all queries so far
-    copied: Any = None  # keys and values [B, K, P, H] of the heavy ones, where the implementation wants copies
+    copied: LayerCache | None = None  # P entries: the heavy ones', where the implementation wants copies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class H2O(Policy):
         ):
             if attention.COPIES:
                 listed = select.listed(scores, slots)
-                copied = attention.compact(cached.keys, cached.values, listed, heavy)
+                copied = cached.with_others(*attention.compact(cached.keys, cached.values, listed, heavy))
                 slots, kept = _side_by_side(listed, mass, slots.shape[2])
             else:
                 copied = None
@@ -126,11 +126,11 @@ class H2O(Policy):
         copied = kept.copied
         if copied is not None:
             gone = jnp.clip(slot - recent, 0, capacity - 1)
-            placed = jnp.pad(here[..., :heavy], ((0, 0), (0, 0), (0, copied[0].shape[2] - heavy)))[..., None]
-            copied = tuple(
-                jnp.where(placed, lax.dynamic_slice_in_dim(cached, gone, 1, axis=2), near)
-                for cached, near in zip((step.keys, step.values), copied, strict=True)
-            )
+            spare = copied.keys.shape[2] - heavy
+            placed = jnp.pad(here[..., :heavy], ((0, 0), (0, 0), (0, spare)))[..., None]
+            keys, values, near = step.cached.latest(gone + 1, 1)
+            key, value = (lax.dynamic_slice_in_dim(some, gone - near[0], 1, axis=2) for some in (keys, values))
+            copied = copied.with_others(jnp.where(placed, key, copied.keys), jnp.where(placed, value, copied.values))
         newest = entries == at
         return Hitters(jnp.where(newest, slot, slots), jnp.where(newest, 0, mass), copied)
 
@@ -146,12 +146,12 @@ class H2O(Policy):
         """`selected_with_weights` over the copies of the heavy ones and the recent ones as they lie in the cache."""
         capacity = step.keys.shape[2]
         heavy, recent = self._halves(capacity)
-        near_keys, near_values = cast(tuple[Array, Array], kept.copied)
-        spare = near_keys.shape[2] - heavy
+        near = cast(LayerCache, kept.copied)
+        spare = near.keys.shape[2] - heavy
         is_heavy = jnp.pad(kept.slots[..., :heavy] >= 0, ((0, 0), (0, 0), (0, spare)))
         keys, values, slots = step.cached.latest(step.length, min(recent, capacity))
         seen = (slots >= step.starts[:, None]) & (slots > step.slot - recent) & (slots < step.length)
-        pieces = ((near_keys, near_values, is_heavy), (keys, values, seen[:, None]))
+        pieces = ((near.keys, near.values, is_heavy), (keys, values, seen[:, None]))
         out, weights = attention.pieces_with_weights(step.q, pieces)
         of_recent = _as_ring(weights[..., heavy + spare :], slots[0], step.length, recent)
         return out, jnp.concatenate([weights[..., :heavy], of_recent], axis=3)

@@ -178,7 +178,9 @@ class RecycledAttention(Policy):
             for kept, state, layer_scores in zip(self._choose(scores, caches), states, scores, strict=True):
                 remembered = None if self.decay is None else layer_scores
                 fresh = RecycledState(kept, state.query, remembered)
-                made.append(_by_row(state.renew, fresh, dataclasses.replace(state.partial, query=state.query)))
+                if self.schedule.by_row:  # else all rows are due at once, but for such as have ended
+                    fresh = _by_row(state.renew, fresh, dataclasses.replace(state.partial, query=state.query))
+                made.append(fresh)
             return tuple(made)
 
         def as_they_are() -> tuple[RecycledState, ...]:

@@ -115,8 +115,7 @@ class Copied:
     """`Recycled` or `Unevicted` without reading by index: the ranked tokens' keys and values, copied when they were
     ranked, and the newest tokens, which lie side by side in the cache. Who leaves is told by rank and number."""
 
-    keys: Leaf  # [B, K, P, H], in the slots' order
-    values: Leaf
+    copied: LayerCache  # P entries, in the slots' order
     ranks: Leaf  # int32 [B, K, P]: 0 is the best; that of an entry that holds nothing is beyond all
     since: Leaf  # int32 [B]: the first slot after the refresh
     entries: int = flax.struct.field(pytree_node=False)  # R
@@ -132,7 +131,7 @@ class Copied:
         ordered, ranks = by_position(slots, jnp.broadcast_to(jnp.arange(entries, dtype=jnp.int32), slots.shape))
         ranks = jnp.where(ordered < 0, beyond, ranks)
         ranks = jnp.pad(ranks, ((0, 0), (0, 0), (0, keys.shape[2] - entries)), constant_values=beyond)
-        return cls(keys, values, ranks, jnp.broadcast_to(length, slots.shape[:1]), entries, evict)
+        return cls(cached.with_others(keys, values), ranks, jnp.broadcast_to(length, slots.shape[:1]), entries, evict)
 
     def insert(self, slot: Int[Array, ""]) -> Copied:
         """The set itself: what is new is told by `since`."""
@@ -153,7 +152,7 @@ class Copied:
             new_seen = (slots >= self.since[:, None]) & (slots < step.length)
             if self.evict:  # once all ranked ones have left, the oldest new ones do
                 new_seen &= slots >= step.length - self.entries
-            pieces = ((self.keys, self.values, old_seen), (keys, values, new_seen[:, None]))
+            pieces = ((self.copied.keys, self.copied.values, old_seen), (keys, values, new_seen[:, None]))
             return attention.pieces_with_weights(step.q, pieces)[0]
 
         if newest <= 2 * FEW:

@@ -1,0 +1,55 @@
+"""Well-known models by their shapes alone: for random weights, estimates and ahead-of-time compilation."""
+
+from __future__ import annotations
+
+from recyc_jax.config import LlamaConfig
+
+_LLAMA_3 = {
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+}
+
+SHAPES: dict[str, LlamaConfig] = {
+    "smollm2-135m": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rope_theta=100000.0,
+        tie_word_embeddings=True,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        head_dim=64,
+        tie_word_embeddings=True,
+        **_LLAMA_3,
+    ),
+    "llama-3.1-8b": LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        head_dim=128,
+        tie_word_embeddings=False,
+        **_LLAMA_3,
+    ),
+    "llama-3.1-70b": LlamaConfig(
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        head_dim=128,
+        tie_word_embeddings=False,
+        **_LLAMA_3,
+    ),
+}
+"""RoPE scaling is left out: it changes angles, not sizes."""

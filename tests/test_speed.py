@@ -1,0 +1,123 @@
+"""What a step must read, and the command that estimates and measures it."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checkpoints import write_folder
+
+import recyc_jax as rj
+from eval import roofline, speed
+from recyc_jax.shapes import SHAPES
+
+SET = rj.RecycledAttention(4096, rj.FixedStride(10))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_weights_are_those_that_are_made(name):
+    shapes = jax.eval_shape(lambda: rj.init_params(SHAPES[name], jax.random.key(0), jnp.bfloat16))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    embedding = 0 if SHAPES[name].tie_word_embeddings else shapes["embedding"].size * 2
+    assert roofline.weight_bytes(SHAPES[name]) == (held, held - embedding)
+
+
+def test_cache_is_what_prefill_makes():
+    config = rj.LlamaConfig.tiny()
+    params = rj.init_params(config, jax.random.key(0))
+    state = rj.prefill(params, config, [[1, 2, 3, 4]], max_new_tokens=13)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache.layers))
+    assert roofline.token_bytes(config, size=4) * state.cache.capacity == held
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "kind", "stride", "measured"),
+    [  # ms, the best that prototype kernels have reached on an H100 (docs/results/estimate.md)
+        (1, 131072, "partial", 10, 5.77),
+        (1, 131072, "full", 10, 11.58),
+        (1, 131072, "refresh", 10, 13.25),
+        (1, 131072, "mean", 50, 5.89),
+        (8, 32768, "partial", 10, 7.46),
+        (8, 32768, "refresh", 10, 21.04),
+        (8, 32768, "mean", 50, 7.86),
+    ],
+)
+def test_estimates_are_within_a_fifth_of_what_was_reached(batch, length, kind, stride, measured):
+    policy = rj.FullAttention() if kind == "full" else rj.RecycledAttention(4096, rj.FixedStride(stride))
+    found = roofline.estimate(SHAPES["llama-3.1-8b"], policy, batch, length)
+    h100 = roofline.DEVICES["h100"]
+    steps = {"partial": found.partial, "full": found.full, "refresh": found.full}
+    estimated = found.milliseconds(h100) if kind == "mean" else steps[kind].milliseconds(h100)
+    assert 0.8 * measured <= estimated <= measured
+
+
+def test_a_mean_lies_between_its_steps_and_copies_cost():
+    for batch, length in ((1, 8192), (8, 131072)):
+        for copies in (False, True):
+            found = roofline.estimate(SHAPES["llama-3.1-8b"], SET, batch, length, copies)
+            ms = [one.milliseconds(roofline.DEVICES["v5e"]) for one in (found.partial, found, found.full)]
+            assert ms == sorted(ms)
+        plain = roofline.estimate(SHAPES["llama-3.1-8b"], SET, batch, length)
+        assert plain.full.bytes < found.full.bytes
+        assert plain.partial.bytes < found.partial.bytes
+
+
+def test_a_large_batch_of_a_short_context_computes():
+    found = roofline.estimate(SHAPES["llama-3.1-8b"], rj.FullAttention(), 4096, 16)
+    h100 = roofline.DEVICES["h100"]
+    assert found.full.milliseconds(h100) == pytest.approx(1000 * found.full.operations / 989e12)
+    assert found.full.milliseconds(h100, chips=2) == pytest.approx(found.full.milliseconds(h100) / 2)
+
+
+def test_estimate_says_where_it_pays_and_what_does_not_fit(call_module):
+    policies = ["--policies", "full", "recycled:budget=4096,stride=10"]
+    ran = call_module(
+        "eval.speed", "--estimate", "--device", "v5e", "--model", "llama-3.1-8b", "--lengths", "32768", *policies
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "1.1 times as fast as full attention from" in ran.stdout
+    assert "warning: weights and cache take 20.4 GB at 32768 tokens; 1 x v5e have 16" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "gpt"], "--model 'gpt' is no known shape (smollm2-135m"),
+        (["--batch", "0"], "--batch 0 must be at least 1"),
+        (["--lengths", "9000"], "exceeds the model's context of 8192"),
+        (["--estimate", "--bandwidth", "-1"], "--bandwidth -1.0 must be above 0"),
+        (["--chips", "2"], "--chips goes with --estimate"),
+        (["--implementation", "pallas", "--backend", "cpu"], "there are no kernels for cpu"),
+        (["--policies", "magic"], "magic"),
+    ],
+)
+def test_bad_input(call_module, flags, message):
+    ran = call_module("eval.speed", *flags)
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_measuring_a_small_model(call_module, tmp_path):
+    write_folder(tmp_path / "model")
+    ran = call_module(
+        *("eval.speed", "--model", str(tmp_path / "model"), "--lengths", "128", "--repeats", "2"),
+        *("--policies", "recycled:budget=16,stride=4", "streaming_llm:budget=16", "--out", str(tmp_path / "out")),
+    )
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "speed.jsonl").read_text().splitlines()]
+    assert [row["policy"] for row in rows] == ["full", "recycled:budget=16,stride=4", "streaming_llm:budget=16"]
+    assert all(row["mean_ms"] is not None and row["floor_ms"] > 0 for row in rows)
+    assert [row[name] is None for row in rows for name in ("full_ms", "partial_ms")] == [0, 1, 0, 0, 1, 0]
+
+
+def test_a_filled_state_is_decoded_as_a_prefilled_one_is(params, config):
+    """Filled caches have the shapes that prefill makes, so both are one compiled program."""
+    config_of_run = speed.Config(batch=2)
+    policy = rj.RecycledAttention(6, rj.FixedStride(3))
+    filled = speed._filled(config_of_run, config, params, policy, 40, 9, None)
+    real = rj.prefill(params, config, jnp.ones((2, 31), jnp.int32), policies=(policy,), max_new_tokens=9)
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), filled) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), real
+    )
+    assert int(filled.cache.length) == int(real.cache.length)

@@ -1,0 +1,35 @@
+"""Every CI run compiles for TPU: programs fit, copy no cache, and use the collectives that were meant.
+
+The whole matrix is `python tests/tpu/matrix.py` (docs/results/tpu.md).
+"""
+
+import aot
+import pytest
+
+pytestmark = pytest.mark.tpu_aot
+
+ON = [("llama-3.2-1b", "v5e"), ("llama-3.2-1b", "v6e"), ("llama-3.1-8b", "v5e 2x4"), ("llama-3.1-8b", "v6e 2x2")]
+
+
+@pytest.mark.parametrize(("model", "machine"), ON)
+@pytest.mark.parametrize("program", ["prefill", "full", "recycled", "dynamic"])
+def test_decoding(model, machine, program):
+    report = aot.decoding(machine, model, program, 32768)
+    report.check(aot.MACHINES[machine])
+    # sums over the shares of heads, features and vocabulary; the greedy choice is among all
+    assert set(report.collectives) <= {"all-reduce"}, report
+    assert bool(report.collectives) == (aot.MACHINES[machine].tensor > 1), report
+
+
+def test_training():
+    report = aot.training_step("v5e 2x4, training", "llama-3.2-1b", "strided")
+    report.check(aot.MACHINES["v5e 2x4, training"])
+    assert set(report.collectives) <= {"all-reduce", "all-gather", "reduce-scatter"}, report
+
+
+def test_a_copy_would_be_seen():
+    """The check's own check: read by index, a cache is turned around at each refresh."""
+    report = aot.decoding("v5e", "llama-3.2-1b", "recycled", 32768, implementation="reference")
+    assert report.copies > 0
+    with pytest.raises(AssertionError, match=r"recycled of llama-3.2-1b at 32768 tokens on v5e: \d+"):
+        report.check(aot.MACHINES["v5e"])
