@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recyc_jax.config import LlamaConfig
@@ -41,8 +42,9 @@ def mesh(data: int, fsdp: int, tensor: int, devices: Any = None) -> Mesh:
             f"a mesh of data {data} x fsdp {fsdp} x tensor {tensor} needs {data * fsdp * tensor} devices, "
             f"there are {len(devices)}"
         )
-    types = (jax.sharding.AxisType.Auto,) * 3
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=types, devices=devices)
+    # a tensor axis of 8 on a torus of 4 x 4 x 4 takes two of its axes, one in part
+    grid = mesh_utils.create_device_mesh((data, fsdp, tensor), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def check_divides(config: LlamaConfig, fsdp: int, tensor: int) -> None:

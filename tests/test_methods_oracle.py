@@ -83,7 +83,10 @@ def check(model, policy, reference, prompt, new_tokens=NEW):
     return sure, trace
 
 
-@pytest.mark.parametrize("name", CASES)
+# two options at once are run by -m slow; each alone is here
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if "," in name else []) for name in CASES]
+)
 def test_a_method_equals_its_reference(model, name):
     policy, reference = CASES[name]
     sure, trace = 0, None

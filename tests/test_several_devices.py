@@ -79,7 +79,8 @@ def test_two_hosts_write_one_result(tmp_path):
     assert [run.returncode for run in runs] == [0, 0], said
     assert not (tmp_path / "out1").exists()
     alone = start(tmp_path / "alone")
-    assert alone.wait(timeout=300) == 0
+    alone.communicate(timeout=300)
+    assert alone.returncode == 0
 
     def rows(folder):
         found = [json.loads(line) for line in (tmp_path / folder / "results.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import os
 import re
 import time
 from collections import Counter
@@ -25,6 +26,9 @@ from recyc_jax.attention import training
 from recyc_jax.attention.training import Recycle
 from recyc_jax.shapes import SHAPES
 from train import forward, step
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody need ask a cloud what machine this is
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 decode, prefill = (importlib.import_module(f"recyc_jax.{name}") for name in ("decode", "prefill"))
 
@@ -63,6 +67,7 @@ MACHINES = {  # HBM of a chip from the vendor's pages
     "v6e 2x2": Machine("v6e:2x2", 32, tensor=4),
     "v5p 4x4x4": Machine("v5p:4x4x4", 95, data=8, tensor=8),
     "v5e 2x4, training": Machine("v5e:2x4", 16, fsdp=4, tensor=2),
+    "v5e 4x4, training": Machine("v5e:4x4", 16, fsdp=8, tensor=2),
     "v6e 2x2, training": Machine("v6e:2x2", 32, fsdp=2, tensor=2),
     "v5p 4x4x4, training": Machine("v5p:4x4x4", 95, fsdp=16, tensor=4),
 }

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import aot
 
@@ -34,10 +34,45 @@ def programs() -> list[tuple]:
         ("llama-3.2-1b", "v5e 2x4, training"),
         ("llama-3.2-1b", "v6e 2x2, training"),
         ("llama-3.1-8b", "v5e 2x4, training"),
+        ("llama-3.1-8b", "v5e 4x4, training"),
         ("llama-3.1-70b", "v5p 4x4x4, training"),
     ):
         wanted += [(machine, model, form, 8192, 1, 0) for form in ("paper", "strided")]
     return wanted
+
+
+def table(out: Path) -> str:
+    """The rows in Markdown, faults judged anew."""
+    head = (
+        "model",
+        "chips",
+        "program",
+        "length",
+        "batch",
+        "peak GiB a chip",
+        "temporaries MiB",
+        "collectives",
+        "fault",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    fields = {field.name for field in dataclasses.fields(aot.Report)}
+    for line in out.read_text().splitlines():
+        row = json.loads(line)
+        machine, model, program, length, batch, _ = row["asked"]
+        kind = "training, " if "training" in machine else ""
+        start = f"| {model} | {machine.removesuffix(', training')} | {kind}{program} | {length} | {batch} "
+        if "peak" not in row:
+            lines.append(f"{start}| - | - | - | {row['fault']} |")
+            continue
+        report = aot.Report(**{name: value for name, value in row.items() if name in fields})
+        try:
+            report.check(aot.MACHINES[machine])
+            fault = ""
+        except AssertionError as error:
+            fault = str(error)
+        collectives = ", ".join(f"{count} {name}" for name, count in report.collectives.items())
+        lines.append(f"{start}| {report.peak():.2f} | {report.temporary / 2**20:.0f} | {collectives} | {fault} |")
+    return "\n".join(lines)
 
 
 def main(out: Path) -> int:
@@ -61,6 +96,7 @@ def main(out: Path) -> int:
         with out.open("a") as file:
             file.write(json.dumps({"asked": asked} | row) + "\n")
         print(asked, row.get("peak"), row.get("fault", ""), flush=True)
+    print(table(out))
     return 0
 
 
