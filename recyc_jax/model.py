@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from recyc_jax import rope
@@ -66,9 +67,12 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         c = self.config
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        q = _dense(heads * dim, "q_proj", c.qkv_bias)(x).reshape(*x.shape[:2], heads, dim)
-        k = _dense(kv_heads * dim, "k_proj", c.qkv_bias)(x).reshape(*x.shape[:2], kv_heads, dim)
-        v = _dense(kv_heads * dim, "v_proj", c.qkv_bias)(x).reshape(*x.shape[:2], kv_heads, dim)
+        flat = [
+            _dense(count * dim, f"{name}_proj", c.qkv_bias)(x)
+            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        ]
+        # XLA for TPU would take the split into heads back into the product, and turn the weights around for it at each step
+        q, k, v = (one.reshape(*x.shape[:2], -1, dim) for one in lax.optimization_barrier(flat))
         made = Heads(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, q)
         out, state = attend(self.layer, made, state)
         return _dense(c.hidden_size, "o_proj")(out.reshape(*x.shape[:2], heads * dim)), state
