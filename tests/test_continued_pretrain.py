@@ -397,8 +397,8 @@ def test_two_processes_train_as_one_does(two_processes, command, straight, tmp_p
     assert resumed.returncode == 0, resumed.stderr
 
 
-# Under a load of six processes on two cores this has hung in five of nine runs; alone it passes. Not understood yet:
-# docs/training.md says so, and it stays out of the default run until it is.
+# Under load gloo's collectives may hang in a step, about every second time with six processes on two cores
+# (docs/training.md, "Known fault"): out of the default run until that is mended.
 @pytest.mark.slow
 def test_processes_end_together_when_one_is_asked_to(two_processes, tmp_path):
     out = tmp_path / "run"

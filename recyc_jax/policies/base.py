@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from recyc_jax import cache
@@ -90,12 +89,7 @@ class Caches(NamedTuple):
     attention: Implementation
     layers: tuple[LayerCache, ...]
     visible: Array  # bool [B, S]
-
-    @property
-    def length(self) -> Int[Array, ""]:
-        """Slots written so far."""
-        at = jnp.arange(1, self.visible.shape[1] + 1, dtype=jnp.int32)
-        return jnp.max(jnp.where(self.visible, at, 0))
+    length: Array  # int32 []: slots written so far
 
 
 class Attended(NamedTuple):
