@@ -42,6 +42,8 @@ class Config:
     """The last tokens of each sequence, which are decoded one at a time and scored."""
     sequences: int = 8
     """Sequences of each domain and length, where there are that many."""
+    skip: int = 0
+    """Sequences of each domain and length passed over first, in the seed's order: what is tuned on others is held out."""
     policies: tuple[str, ...] = (
         "full",
         "recycled:budget=0.125,stride=10",
@@ -98,6 +100,8 @@ def _prepare(config: Config) -> Callable[[], None]:
     lengths = command.lengths(config.lengths)
     command.check_counts(sequences=config.sequences, batch_size=config.batch_size, new_tokens=config.new_tokens)
     command.check_policies(config.policies, lengths)
+    if config.skip < 0:
+        raise ValueError(f"--skip {config.skip} must be 0 or more")
     if config.new_tokens >= min(lengths):
         raise ValueError(f"--new-tokens {config.new_tokens} leaves no context of --lengths {min(lengths)}")
     specs = command.split("--domains", config.domains)
@@ -162,13 +166,16 @@ def windows(
             if not candidates:
                 raise ValueError(f"--domains: no document of {domain.name} has {length} tokens")
             random.Random(f"{config.seed} {domain.name} {length}").shuffle(candidates)
-            for index, (name, offset, ids) in enumerate(candidates[: config.sequences]):
+            if len(candidates) <= config.skip:
+                has = f"it has {len(candidates)} sequences of {length} tokens"
+                raise ValueError(f"--skip {config.skip} leaves nothing of {domain.name}: {has}")
+            chosen = range(config.skip, min(config.skip + config.sequences, len(candidates)))
+            for index in chosen:
+                name, offset, ids = candidates[index]
                 tokens = tuple(ids[offset : offset + length])
                 found.append(Sequence(domain.name, length, index, name, offset, tokens))
-            if len(candidates) < config.sequences:
-                notes.append(
-                    f"{domain.name} has {len(candidates)} sequences of {length} tokens, not {config.sequences}"
-                )
+            if len(chosen) < config.sequences:
+                notes.append(f"{domain.name} has {len(chosen)} sequences of {length} tokens, not {config.sequences}")
     return found, notes
 
 

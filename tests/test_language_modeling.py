@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 
 import recyc_jax as rj
-from eval import perplexity
+from eval import documents, language_modeling, perplexity
+from recyc_jax import pretrained
 
 POLICIES = ("full", "recycled:budget=0.125,check_every=4,threshold=0.3", "streaming_llm:budget=400", "h2o:budget=0.2")
 
@@ -139,6 +140,8 @@ def test_a_killed_run_goes_on(finished, model, run_module, tmp_path):
         ({"lengths": "100000"}, "exceeds the model's context"),
         ({"lengths": "16"}, "--new-tokens 16 leaves no context of --lengths 16"),
         ({"sequences": 0}, "--sequences 0 must be at least 1"),
+        ({"skip": -1}, "--skip -1 must be 0 or more"),
+        ({"skip": 1000}, "--skip 1000 leaves nothing of prose: it has "),
         ({"new-tokens": 0}, "--new-tokens 0 must be at least 1"),
         ({"backend": "tpu"}, "--backend tpu: "),
     ],
@@ -156,6 +159,17 @@ def test_a_text_that_is_too_short_is_named(model, run_module, tmp_path):
     done = run_module(*command(model, tmp_path / "out", domains=f"short={tmp_path}/short.txt"))
     assert done.returncode == 2
     assert "no document of short has 200 tokens" in done.stderr
+
+
+def test_skipped_sequences_are_the_first_of_a_run_without_it(model):
+    tokenizer = pretrained.load_tokenizer(model)
+    domains = [documents.load(f"prose={model}/prose.txt")]
+
+    def chosen(**options):
+        config = language_modeling.Config(**options)
+        return [(one.index, one.offset) for one in language_modeling.windows(config, domains, [200], tokenizer)[0]]
+
+    assert chosen(sequences=6) == chosen(sequences=2) + chosen(sequences=4, skip=2)
 
 
 def test_summary_pairs_sequences():
