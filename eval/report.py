@@ -98,9 +98,9 @@ def _differences(summary: Summary, length: int) -> list[list[str]]:
             continue
         gap, error = mean_of_tasks([(row["difference"], _or_nan(row["difference_stderr"])) for row in rows])
         interval = "-" if math.isnan(error) else f"{gap - 1.96 * error:.1f} to {gap + 1.96 * error:.1f}"
-        strides = [row["effective_stride"] for row in rows if row["effective_stride"] is not None]
-        stride = f"{statistics.harmonic_mean(strides):.1f}" if len(strides) == len(rows) else "-"
-        body.append([f"`{policy}`", f"{gap:.1f}", interval, stride])
+        # full steps per step; a task whose answers end before the first full step counts with none
+        share = statistics.fmean(1 / row["effective_stride"] if row["effective_stride"] else 0 for row in rows)
+        body.append([f"`{policy}`", f"{gap:.1f}", interval, f"{1 / share:.1f}" if share else "-"])
     return body
 
 
@@ -165,11 +165,13 @@ def write(
 
 def _plot(path: Path, summary: Summary) -> None:
     """Mean score against length, a line a policy; with a single length, bars by task."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     lengths, policies, tasks = (ordered(summary, name) for name in ("length", "policy", "task"))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4 + 0.18 * len(policies)), layout="constrained")
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"].colors)
     cells = {(row["policy"], row["task"], row["length"]): row for row in summary}
     if len(lengths) > 1:
         for policy in policies:
@@ -197,5 +199,5 @@ def _plot(path: Path, summary: Summary) -> None:
         axes.set_xticks([at + 0.4 - width / 2 for at in range(len(tasks))], tasks, rotation=20, ha="right")
         axes.set_ylabel(f"score at {lengths[0]} tokens, percent")
     axes.set_ylim(0, 105)
-    axes.legend()
+    figure.legend(loc="outside lower left", fontsize=7)
     figure.savefig(path, dpi=120)
