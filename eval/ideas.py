@@ -40,13 +40,14 @@ class LayerBudgets(RecycledAttention):
 
     slope: float = 0.5
 
-    def _rank(self, scores: Any, visible: Any) -> Any:
+    def _rank(self, scores: Any, caches: Any) -> Any:
         layers = len(scores)
         budgets = [
             max(1, round(self.budget * (1 + self.slope * (1 - 2 * layer / max(1, layers - 1)))))
             for layer in range(layers)
         ]
-        rankings = rank(scores, visible, max(budgets), self.pool, self._ahead)
+        # in order throughout: each layer cuts its own
+        rankings = rank(caches.attention, scores, caches.visible, max(budgets), self.pool, self._ahead, max(budgets))
         return [
             ranking._replace(slots=ranking.slots[..., :budget])
             for ranking, budget in zip(rankings, budgets, strict=True)

@@ -95,7 +95,7 @@ def decode_step(
     layers, recycled, fulls = zip(*after, strict=True)
     if deciding:
         visible = cache.filled(kv_cache.starts, slot + 1, kv_cache.capacity)
-        recycled = policy.settle(recycled, Caches(attention, layers, visible, slot + 1))
+        recycled = policy.settle(recycled, Caches(attention, layers, visible, slot + 1, state.output.shape[1] - 1))
     fed = dataclasses.replace(
         state,
         cache=KVCache(layers, kv_cache.starts, slot + 1),
@@ -134,7 +134,9 @@ def _run(
     visible = cache.filled(kv_cache.starts, kv_cache.length, kv_cache.capacity)
     state = DecodeState(
         cache=kv_cache,
-        recycled=policy.start(prefilled.observed, Caches(attention, kv_cache.layers, visible, kv_cache.length)),
+        recycled=policy.start(
+            prefilled.observed, Caches(attention, kv_cache.layers, visible, kv_cache.length, output.shape[1] - 1)
+        ),
         token=jnp.zeros(batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
         done=jnp.zeros(batch, jnp.bool_),

@@ -95,6 +95,17 @@ def spread(array: Any, letters: str, batch: int) -> Any:
     return jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), by_letters(batch, on)(letters)))
 
 
+def split_kernel(function: Callable[..., Any], batch: int, inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
+    """The function on each device's share of heads and rows, where a mesh is set (`jax.set_mesh`): XLA cannot split a
+    kernel. `inputs` and `outputs` give the letters of each argument and result, as `by_letters` has them."""
+    on = jax.sharding.get_abstract_mesh()
+    if on.empty:
+        return function
+    letters = by_letters(batch, on)
+    out_specs = jax.tree.map(letters, outputs)
+    return jax.shard_map(function, in_specs=tuple(map(letters, inputs)), out_specs=out_specs, check_vma=False)
+
+
 def shardings(tree: Any, on: Mesh) -> Any:
     """A NamedSharding for each leaf (an array or its shape)."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: NamedSharding(on, spec(path, leaf)), tree)

@@ -1,5 +1,6 @@
 """One body for every attention implementation, against numpy; and the selection of slots."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from recyc_jax.attention import api, select
+from recyc_jax.attention import api, select, select_gpu, triton
 
 B, K, G, S, H = 2, 2, 3, 40, 8
 SLOTS = jnp.arange(S)
@@ -15,8 +16,9 @@ VISIBLE = (jnp.array([[0], [13]]) <= SLOTS) & (SLOTS < 37)
 
 
 @pytest.fixture(params=sorted(api.IMPLEMENTATIONS))
-def attention(request, capfd):
+def attention(request, capfd, monkeypatch):
     if request.param != "pallas_tpu":
+        monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
         yield api.resolve(request.param)
         return
     # two cores, every read and write of a buffer watched; jax < 0.12 prints a race instead of raising
@@ -71,6 +73,22 @@ def test_selected(attention, arrays):
     np.testing.assert_allclose(attention.selected(*arrays, jnp.asarray(slots, jnp.int32)), out, atol=1e-5)
 
 
+def test_recycled(attention, arrays):
+    """Some of the listed slots count, and a range: none of it, all in one block, more than the programs read at first."""
+    rng = np.random.default_rng(3)
+    slots = np.array([[rng.choice(20, 9, replace=False) for _ in range(K)] for _ in range(B)])
+    slots[0, 0, 4:] = -1
+    for kept, first, length in (([9, 3], [37, 37], 37), ([5, 0], [30, 36], 37), ([0, 9], [20, 22], 40)):
+
+        def seen(b, k, kept=kept, first=first, length=length):
+            listed = slots[b, k, : kept[b]]
+            return np.isin(np.arange(S), listed[listed >= 0]) | ((np.arange(S) >= first[b]) & (np.arange(S) < length))
+
+        out, _ = by_heads(*arrays, seen)
+        bounds = (jnp.asarray(x, jnp.int32) for x in (slots, kept, first, length))
+        np.testing.assert_allclose(attention.recycled(*arrays, *bounds), out, atol=1e-5)
+
+
 def probabilities(q, keys, seen):
     """[B, K, G, S] in float64, one query a row."""
     rows = [
@@ -84,12 +102,12 @@ def probabilities(q, keys, seen):
 def test_weights(attention, arrays):
     """The same outputs, and each head's probabilities."""
     out, weights = attention.full_with_weights(*arrays, VISIBLE)
-    np.testing.assert_array_equal(out, attention.full(*arrays, VISIBLE))
+    np.testing.assert_allclose(out, attention.full(*arrays, VISIBLE), atol=1e-6)
     expected = probabilities(*arrays[:2], lambda b: np.asarray(VISIBLE[b]))
     np.testing.assert_allclose(weights, expected, atol=1e-6)
     slots = jnp.broadcast_to(jnp.asarray([20, 13, 36, -1, 30], jnp.int32), (B, K, 5))
     out, weights = attention.selected_with_weights(*arrays, slots)
-    np.testing.assert_array_equal(out, attention.selected(*arrays, slots))
+    np.testing.assert_allclose(out, attention.selected(*arrays, slots), atol=1e-6)
     expected = probabilities(*arrays[:2], lambda b: np.isin(np.arange(S), slots[0, 0]))
     np.testing.assert_allclose(weights[..., [0, 1, 2, 4]], expected[..., [20, 13, 36, 30]], atol=1e-6)
     assert not np.asarray(weights[..., 3]).any()
@@ -202,3 +220,28 @@ def test_top_slots(budget, levels, hidden, seed):
     for head in range(2):
         order = sorted(range(S), key=lambda slot: (-scores[0, head, slot], slot))[:budget]
         assert got[0, head].tolist() == [-1 if scores[0, head, slot] == -np.inf else slot for slot in order]
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.sampled_from((40, 1024, 1500))),
+    budget=st.integers(1, 60),
+    ordered=st.integers(0, 12),
+    levels=st.sampled_from((1, 3, 1000)),
+    seen=st.sampled_from((0.0, 0.02, 0.5, 1.0)),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=10, deadline=None, derandomize=True)
+def test_top_slots_by_radix_search(shape, budget, ordered, levels, seen, seed):
+    """The kernels choose what a sort does; the entries that leave first are in its order, and each part ends in its -1s."""
+    rng = np.random.default_rng(seed)
+    scores = -rng.integers(0, levels, shape).astype(np.float32)  # zeros of both signs
+    scores[rng.random(shape) >= seen] = -np.inf
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+        got = np.asarray(select_gpu.top_slots(jnp.asarray(scores), budget, ordered))
+    want = np.asarray(select.top_slots(jnp.asarray(scores), budget))
+    assert got.shape == want.shape
+    sure = max(0, want.shape[-1] - ordered)
+    np.testing.assert_array_equal(got[..., sure:], want[..., sure:])
+    np.testing.assert_array_equal(np.sort(got[..., :sure]), np.sort(want[..., :sure]))
+    assert (np.diff((got[..., :sure] < 0).astype(int)) >= 0).all()

@@ -1,4 +1,4 @@
-"""Policies that read copies and pieces choose what those that read by index choose."""
+"""Policies that read copies and pieces, or sets told by bounds, choose what those that keep lists of slots choose."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 from test_contract import NEW, RAGGED, STRINGS
 
 import recyc_jax as rj
-from recyc_jax.attention import api
+from recyc_jax.attention import api, triton
 from recyc_jax.policies import recycled_set
 
 
@@ -53,6 +53,15 @@ def test_many_new_tokens_are_read_in_a_long_piece(params, config, text, monkeypa
     )
 
 
+@pytest.mark.parametrize("text", [STRINGS[n] for n in (1, 4, 9, 11)])
+def test_sets_told_by_bounds(params, config, text, monkeypatch):
+    """The GPU's kernels in the loop, interpreted; as many steps as make the oldest new tokens leave."""
+    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+    policy = rj.parse_policy(text)
+    want, got = (scores(params, config, policy, name, 31) for name in ("reference", "pallas_gpu"))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "text", ["full", "recycled:budget=9,stride=4", "recycled:budget=9,check_every=3,threshold=0.1", "h2o:budget=6"]
 )
@@ -73,8 +82,11 @@ def test_a_state_goes_on_with_what_it_began_with(params, config, in_pieces):
 
 def test_kernels_by_platform(monkeypatch):
     assert api.resolve(None).__name__ == "recyc_jax.attention.reference"
-    with pytest.raises(ValueError, match="no kernels for cpu, only for tpu"):
+    with pytest.raises(ValueError, match="no kernels for cpu, only for gpu, tpu"):
         api.resolve("pallas")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert api.resolve("pallas") is api.resolve("pallas_gpu")
+    assert api.resolve(None) is api.resolve("reference")  # until the kernels have been measured
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert api.resolve(None) is api.resolve("pallas") is api.resolve("pallas_tpu")
 

@@ -18,6 +18,8 @@ class Implementation(Protocol):
     """The cache is stored as [B, K, H, S], its capacity whole tiles (`cache.py`)."""
     COPIES: bool
     """What a policy reads between two refreshes is to be copied (`compact`) and read in pieces, not by index."""
+    INDEXES: bool
+    """What a policy reads between two refreshes is to be told by bounds (`recycled`), with no upkeep in partial steps."""
 
     def full(self, q: Array, keys: Array, values: Array, visible: Array) -> Array: ...
 
@@ -31,6 +33,12 @@ class Implementation(Protocol):
 
     def selected_with_weights(self, q: Array, keys: Array, values: Array, slots: Array) -> tuple[Array, Array]: ...
 
+    def recycled(
+        self, q: Array, keys: Array, values: Array, slots: Array, kept: Array, first: Array, length: Array
+    ) -> Array: ...
+
+    def top_slots(self, scores: Array, budget: int, ordered: int) -> Array: ...
+
     def pieces_with_weights(self, q: Array, pieces: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array]: ...
 
     def compact(self, keys: Array, values: Array, chosen: Array, most: int) -> tuple[Array, Array]: ...
@@ -42,20 +50,25 @@ class Implementation(Protocol):
     ) -> tuple[Array, Array]: ...
 
 
-IMPLEMENTATIONS = {"reference": "recyc_jax.attention.reference", "pallas_tpu": "recyc_jax.attention.pallas_tpu"}
+IMPLEMENTATIONS = {
+    "reference": "recyc_jax.attention.reference",
+    "pallas_gpu": "recyc_jax.attention.pallas_gpu",
+    "pallas_tpu": "recyc_jax.attention.pallas_tpu",
+}
 """The modules; kernels are imported when they are first asked for."""
 
-_KERNELS = {"tpu": "pallas_tpu"}  # by the platform that JAX runs on
+_KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # by the platform that JAX runs on
+_CHOSEN = {"tpu": "pallas_tpu"}  # by None; the GPU's kernels have to be measured first
 
 
 def resolve(name: str | None) -> Implementation:
-    """The implementation of that name. None takes the kernels made for the platform that JAX runs on, the plain one
-    (`"reference"`) where there are none; `"pallas"` takes the kernels or raises.
+    """The implementation of that name. None takes what is best on the platform that JAX runs on: a TPU's kernels, elsewhere
+    the plain one (`"reference"`). `"pallas"` takes the platform's kernels or raises.
 
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        name = _KERNELS.get(jax.default_backend(), "reference")
+        name = _CHOSEN.get(jax.default_backend(), "reference")
     if name == "pallas":
         platform = jax.default_backend()
         if platform not in _KERNELS:

@@ -12,7 +12,6 @@ under `jax.experimental.pallas.tpu.force_tpu_interpret_mode()`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,8 +26,10 @@ from recyc_jax.attention.reference import (
     MASKED,
     chunk_with_mass,
     pieces_with_weights,
+    recycled,
     selected,
     selected_with_weights,
+    top_slots,
     window_scores,
 )
 
@@ -40,13 +41,16 @@ __all__ = [
     "full_with_scores",
     "full_with_weights",
     "pieces_with_weights",
+    "recycled",
     "selected",
     "selected_with_weights",
+    "top_slots",
     "window_scores",
 ]
 
 SLOTS_LAST: bool = True
 COPIES: bool = True
+INDEXES: bool = False
 
 LANES = 128
 BLOCK = 2048
@@ -58,17 +62,6 @@ QUERIES, KEYS = 256, 512
 
 def _ceil(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
-
-
-def _split(function: Callable[..., Any], batch: int, inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
-    """The function on each device's share of heads and rows, where a mesh is set (`jax.set_mesh`): XLA cannot split a
-    kernel. `inputs` and `outputs` say, argument by argument, which dimensions are rows ("B") and key/value heads ("K")."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function
-    spec = sharding.by_letters(batch, mesh)
-    out_specs = jax.tree.map(spec, outputs)
-    return jax.shard_map(function, in_specs=tuple(map(spec, inputs)), out_specs=out_specs, check_vma=False)
 
 
 # --- decode: one query a row over every visible slot ----------------------------------------------------------------------
@@ -185,7 +178,7 @@ def _decode(
         )(bounds, q, keys, values)
 
     specs = ("BK--", "BK--", "BK--") if with_logits else ("BK--",)
-    call = _split(local, batch, ("B-", "BK--", "BK--", "BK--"), specs)
+    call = sharding.split_kernel(local, batch, ("B-", "BK--", "BK--", "BK--"), specs)
     out, *others = call(bounds, grouped, keys.swapaxes(2, 3), values.swapaxes(2, 3))
     out = out.reshape(q.shape)
     return (out, others[0], others[1][..., 0]) if with_logits else (out,)
@@ -308,7 +301,7 @@ def compact(
             name="compact",
         )(starts, entry, keys, values)
 
-    call = _split(local, batch, ("BK-", "BK--", "BK--"), ("BK--", "BK--"))
+    call = sharding.split_kernel(local, batch, ("BK-", "BK--", "BK--"), ("BK--", "BK--"))
     near_keys, near_values = call(chosen, keys.swapaxes(2, 3), values.swapaxes(2, 3))
     return near_keys.swapaxes(2, 3), near_values.swapaxes(2, 3)
 
@@ -423,6 +416,6 @@ def chunk(
             name="prefill_chunk",
         )(jnp.concatenate([scalars, starts]), q, keys, values)
 
-    call = _split(local, batch, ("-", "B", "BK---", "BK--", "BK--"), "BK---")
+    call = sharding.split_kernel(local, batch, ("-", "B", "BK---", "BK--", "BK--"), "BK---")
     out = call(offset[None], starts, stacked, keys.swapaxes(2, 3), values.swapaxes(2, 3))
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, dim)[:, :length]

@@ -16,8 +16,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax.attention import select
+
 SLOTS_LAST: bool = False
 COPIES: bool = False
+INDEXES: bool = False
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -142,6 +145,31 @@ def selected_with_weights(
     near_keys = jnp.take_along_axis(keys, at, axis=2, mode="clip")
     near_values = jnp.take_along_axis(values, at, axis=2, mode="clip")
     return _weighted(decode_logits(q, near_keys, slots >= 0), near_values, q)
+
+
+def recycled(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    slots: Int[Array, "B K R"],
+    kept: Int[Array, " B"],
+    first: Int[Array, " B"],
+    length: Int[Array, ""],
+) -> Float[Array, "B N H"]:
+    """One query a row over the first `kept` of the slots listed for each key/value head (-1 lists nothing), and over slots
+    `first` to `length - 1`. Gathers over the whole cache: exact, not fast."""
+    entries, capacity = slots.shape[2], keys.shape[2]
+    listed = jnp.where(jnp.arange(entries) < kept[:, None, None], slots, -1)
+    at = jnp.arange(capacity, dtype=jnp.int32)
+    newest = jnp.where((at >= first[:, None]) & (at < length), at, -1)
+    newest = jnp.broadcast_to(newest[:, None], (*slots.shape[:2], capacity))
+    return selected(q, keys, values, jnp.concatenate([listed, newest], axis=2))
+
+
+def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
+    """The R = min(budget, S) best slots in rank order, ties to the lower slot; -1 where the score is -inf. Callers rely on
+    the order of the last `ordered` only."""
+    return select.top_slots(scores, budget)
 
 
 def pieces_with_weights(

@@ -90,6 +90,7 @@ class Caches(NamedTuple):
     layers: tuple[LayerCache, ...]
     visible: Array  # bool [B, S]
     length: Array  # int32 []: slots written so far
+    steps: int  # decode steps of this call at most: no set sees more new tokens
 
 
 class Attended(NamedTuple):

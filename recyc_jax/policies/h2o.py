@@ -23,7 +23,6 @@ from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import LayerCache, Leaf
 from recyc_jax.config import whole_number
 from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Observes, Policy, Step
-from recyc_jax.policies.recycled_set import best_slots
 
 
 @flax.struct.dataclass
@@ -89,7 +88,7 @@ class H2O(Policy):
         standing = [jnp.where(is_old[:, None], jnp.max(mass, axis=2), -jnp.inf) for mass in masses]
         states = []
         for mass, scores, slots, cached in zip(
-            masses, standing, best_slots(standing, heavy), caches.layers, strict=True
+            masses, standing, select.top_slots(jnp.stack(standing), heavy), caches.layers, strict=True
         ):
             if attention.COPIES:
                 listed = select.listed(scores, slots)

@@ -120,13 +120,17 @@ class RecycledAttention(Policy):
             states.append(RecycledState(kept, query, remembered))
         return tuple(states)
 
-    def _rank(self, scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"]) -> list[Ranking]:
+    def _rank(self, scores: Sequence[Float[Array, "B K S"]], caches: Caches) -> list[Ranking]:
         lookahead = self.period - 1 if self.lookahead == "auto" else self.lookahead
-        return rank(scores, visible, self.budget, self.pool, lookahead)
+        leaving = 0  # as many as tokens can come before the next refresh
+        if self.evict:
+            renewed = not self.schedule.by_row and self.ablation != "no_refresh"
+            leaving = min(self.period, caches.steps) if renewed else caches.steps
+        return rank(caches.attention, scores, caches.visible, self.budget, self.pool, lookahead, leaving)
 
     def _choose(self, scores: Sequence[Float[Array, "B K S"]], caches: Caches) -> list[AnySet]:
         """The set that a full step with these scores leaves, a layer each."""
-        rankings = self._rank(scores, caches.visible)
+        rankings = self._rank(scores, caches)
         return [
             chosen_set(caches.attention, cached, ranking, caches.length, self.evict)
             for cached, ranking in zip(caches.layers, rankings, strict=True)

@@ -1,6 +1,6 @@
 """The recycled tokens of a layer: ranked ones, and what has come since.
 
-Two are indices into the full cache; the third, for machines that read single slots slowly, is a copy of them.
+Three are indices into the full cache; the fourth, for machines that read single slots slowly, is a copy of them.
 """
 
 from __future__ import annotations
@@ -22,21 +22,24 @@ from recyc_jax.policies.base import Step
 class Ranking(NamedTuple):
     """What a layer's set is made of."""
 
-    slots: Array  # int32 [B, K, R]: the best ones, best first, ties to the earlier; -1 beyond the tokens there are
+    slots: Array  # int32 [B, K, R]: the best ones, the first to leave last; -1 beyond the tokens there are
     scores: Array  # float32 [B, K, S]: what they were ranked by; -inf at slots without a token
 
 
 def rank(
-    scores: Sequence[Float[Array, "B K S"]], visible: Bool[Array, "B S"], budget: int, pool: int, lookahead: int
+    attention: Implementation,
+    scores: Sequence[Float[Array, "B K S"]],
+    visible: Bool[Array, "B S"],
+    budget: int,
+    pool: int,
+    lookahead: int,
+    ordered: int,
 ) -> list[Ranking]:
-    """For each layer the R = min(budget, S) best slots by pooled score."""
+    """For each layer the R = min(budget, S) best slots by pooled score, ties to the earlier, at least the last `ordered` of
+    them in rank order. All layers' are chosen at once: starting a choice takes long, and so does compiling it."""
     pooled = [select.pool(layer_scores, visible, pool, lookahead) for layer_scores in scores]
-    return [Ranking(*both) for both in zip(best_slots(pooled, budget), pooled, strict=True)]
-
-
-def best_slots(scores: Sequence[Float[Array, "B K S"]], count: int) -> list[Int[Array, "B K R"]]:
-    """`select.top_slots` of each layer; all in one sort, which is what takes long to compile and to start."""
-    return list(select.top_slots(jnp.stack(scores), count))
+    best = attention.top_slots(jnp.stack(pooled), budget, ordered)
+    return [Ranking(*both) for both in zip(list(best), pooled, strict=True)]
 
 
 def by_position(slots: Int[Array, "B K R"], *others: Array) -> tuple[Array, ...]:
@@ -48,10 +51,12 @@ def by_position(slots: Int[Array, "B K R"], *others: Array) -> tuple[Array, ...]
 
 def chosen_set(
     attention: Implementation, cached: LayerCache, ranking: Ranking, length: Int[Array, ""], evict: bool
-) -> Recycled | Unevicted | Copied:
+) -> AnySet:
     """The set that a ranking leaves, in the form that this implementation reads; `length` slots are written."""
     if attention.COPIES:
         return Copied.of(attention, cached, ranking, length, evict)
+    if attention.INDEXES:
+        return Listed(ranking.slots, jnp.broadcast_to(length, ranking.slots.shape[:1]), evict)
     return Recycled.of(ranking.slots) if evict else Unevicted.of(ranking.slots, length)
 
 
@@ -104,6 +109,28 @@ class Unevicted:
         new = jnp.broadcast_to(new, (*self.slots.shape[:2], newest))
         slots = jnp.concatenate([self.slots, new], axis=2)
         return attention.selected(step.q, step.keys, step.values, slots)
+
+
+@flax.struct.dataclass
+class Listed:
+    """`Recycled` or `Unevicted` without upkeep: who has left, and what is new, is told by the number of new tokens."""
+
+    slots: Leaf  # int32 [B, K, R]: as ranked
+    since: Leaf  # int32 [B]: the first slot after the refresh
+    evict: bool = flax.struct.field(pytree_node=False)
+
+    def insert(self, slot: Int[Array, ""]) -> Listed:
+        """The set itself: what is new is told by `since`."""
+        return self
+
+    def attend(self, attention: Implementation, step: Step, newest: int) -> Array:
+        """One query a row over the set, [B, N, H], however many tokens have come since the refresh."""
+        entries = self.slots.shape[2]
+        kept, first = jnp.full_like(self.since, entries), self.since
+        if self.evict:  # once all ranked ones have left, the oldest new ones do
+            kept = entries - (step.length - self.since)
+            first = jnp.maximum(first, step.length - entries)
+        return attention.recycled(step.q, step.keys, step.values, self.slots, kept, first, step.length)
 
 
 FEW = 128
@@ -160,4 +187,4 @@ class Copied:
         return lax.cond(jnp.max(new) <= FEW, lambda: over(FEW), lambda: over(newest))
 
 
-AnySet = Recycled | Unevicted | Copied
+AnySet = Recycled | Unevicted | Listed | Copied

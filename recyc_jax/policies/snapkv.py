@@ -50,7 +50,7 @@ class SnapKV(Policy):
 
     def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[AnySet, ...]:
         scores = [layer.scores[self.window] for layer in observed]
-        rankings = rank(scores, caches.visible, self.budget, self.pool, self.lookahead)
+        rankings = rank(caches.attention, scores, caches.visible, self.budget, self.pool, self.lookahead, caches.steps)
         return tuple(
             chosen_set(caches.attention, cached, ranking, caches.length, evict=True)
             for cached, ranking in zip(caches.layers, rankings, strict=True)

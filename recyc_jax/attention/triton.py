@@ -1,0 +1,4 @@
+"""What all Triton kernels share."""
+
+INTERPRET: bool = False
+"""Run the kernels in Pallas' interpreter, for tests without a GPU."""
