@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import re
 import time
@@ -90,6 +91,7 @@ class Report:
     choosing: int  # what choosing slots may take: see `check`
     copies: int  # cache-shaped copies and transposes
     collectives: dict[str, int]
+    fetched: int = 0  # the largest array that is brought into VMEM ahead of its use
 
     def peak(self) -> float:
         """GiB, at most: temporaries are counted as if all grew with the layers."""
@@ -102,8 +104,9 @@ class Report:
         if self.cache and self.program != "prefill":
             # The copy is the price of reading side by side, and at a refresh the one before is still there. Choosing
             # takes a dozen numbers of four bytes for each slot and head: scores, pooled ones, a sort's ins and outs.
-            # What is left, activations and weights on their way, does not grow with the cache.
-            allowed = 0.05 * self.cache + 2 * self.copied + self.choosing + 8 * 2**20
+            # Weights that XLA brings into VMEM ahead of their use are counted as temporaries too, two at a time.
+            # What is left, activations, does not grow with the cache.
+            allowed = 0.05 * self.cache + 2 * self.copied + self.choosing + 2 * self.fetched + 8 * 2**20
             assert self.temporary < allowed, (
                 f"{name}: {self.temporary / 2**20:.0f} MiB of temporaries beside a cache of {self.cache / 2**20:.0f}"
             )
@@ -123,6 +126,9 @@ def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
 
 
+_WIDTHS = {"bf16": 2, "s8": 1, "u8": 1, "pred": 1}  # bytes; 4 for the rest
+
+
 def _report(lowered: Any, began: float, state: Any = None, **fields: Any) -> Report:
     compiled = lowered.compile()
     text, copies, cache = compiled.as_text(), 0, 0
@@ -131,12 +137,15 @@ def _report(lowered: Any, began: float, state: Any = None, **fields: Any) -> Rep
         batch, heads, one, other = stored.sharding.shard_shape(stored.shape)
         cache = _local(state.cache.layers)
         copies = len(re.findall(rf"\[{batch},{heads},(?:{one},{other}|{other},{one})\]\S* (?:copy|transpose)\(", text))
+    fetched = re.findall(r"= \((\w+)\[([\d,]+)\]\{[^}]*S\(1\)\}[^=]* copy-start\(", text)
+    sizes = [math.prod(map(int, shape.split(","))) * _WIDTHS.get(kind, 4) for kind, shape in fetched]
     collectives = Counter({name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES})
     return Report(
         seconds=round(time.perf_counter() - began, 1),
         temporary=compiled.memory_analysis().temp_size_in_bytes,
         cache=cache,
         copies=copies,
+        fetched=max(sizes, default=0),
         collectives={name: count for name, count in collectives.items() if count},
         **fields,
     )
