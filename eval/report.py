@@ -47,6 +47,7 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
                 "difference": number(gap),
                 "difference_stderr": number(gap_error),
                 "effective_stride": number(sum(row["steps"] for row in cell) / full_steps if full_steps else math.nan),
+                "steps": sum(row["steps"] for row in cell),
                 "nulls": sum(not row["prediction"] for row in cell),
                 "seconds": round(sum(row["seconds"] for row in cell), 2),
             }
@@ -98,9 +99,9 @@ def _differences(summary: Summary, length: int) -> list[list[str]]:
             continue
         gap, error = mean_of_tasks([(row["difference"], _or_nan(row["difference_stderr"])) for row in rows])
         interval = "-" if math.isnan(error) else f"{gap - 1.96 * error:.1f} to {gap + 1.96 * error:.1f}"
-        # full steps per step; a task whose answers end before the first full step counts with none
-        share = statistics.fmean(1 / row["effective_stride"] if row["effective_stride"] else 0 for row in rows)
-        body.append([f"`{policy}`", f"{gap:.1f}", interval, f"{1 / share:.1f}" if share else "-"])
+        full_steps = sum(row["steps"] / row["effective_stride"] for row in rows if row["effective_stride"])
+        stride = f"{sum(row['steps'] for row in rows) / full_steps:.1f}" if full_steps else "-"
+        body.append([f"`{policy}`", f"{gap:.1f}", interval, stride])
     return body
 
 

@@ -234,7 +234,9 @@ def test_top_slots(budget, levels, hidden, seed):
 def test_top_slots_by_radix_search(shape, budget, ordered, levels, seen, seed):
     """The kernels choose what a sort does; the entries that leave first are in its order, and each part ends in its -1s."""
     rng = np.random.default_rng(seed)
-    scores = -rng.integers(0, levels, shape).astype(np.float32)  # zeros of both signs
+    scores = -rng.integers(0, levels, shape).astype(np.float32) * rng.choice(
+        np.float32([-1, 1]), shape
+    )  # zeros of both signs
     scores[rng.random(shape) >= seen] = -np.inf
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")

@@ -7,7 +7,7 @@ import pytest
 
 import recyc_jax as rj
 from eval import ideas, ruler
-from recyc_jax.attention import reference
+from recyc_jax.attention import api, reference, triton
 from recyc_jax.decode import score_after
 from recyc_jax.policies import registry
 
@@ -36,6 +36,19 @@ def test_early_refreshes_are_at_steps_1_2_4_8_and_every_stride(params, config, t
     ]
     assert numbers == [1, 2, 4, 7, 8, 14]
     assert scored(params, config, tokens, policy).full_steps.tolist() == [[6] * 2] * 2
+
+
+@pytest.mark.parametrize("implementation", ["in_pieces", "pallas_gpu"])
+def test_irregular_refreshes_leave_the_same_sets(params, config, tokens, implementation, monkeypatch):
+    """A set must last for the longest way from one full step to the next, not for the schedule's period of 1."""
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "in_pieces", "in_pieces")
+    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+    policy = rj.parse_policy("idea_early:budget=9,stride=7,lookahead=auto")
+    want, got = (
+        rj.score(params, config, tokens, policy=policy, context_length=40, implementation=name)
+        for name in ("reference", implementation)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-4)
 
 
 def test_budgets_fall_from_layer_to_layer(params, config, tokens):

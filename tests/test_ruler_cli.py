@@ -74,7 +74,17 @@ def test_a_whole_run(finished):
         assert "One of the special magic" not in row["prediction"] or row["score"] < 1
     summary = json.loads((out / "summary.json").read_text())
     assert len(summary) == 3 * 2 * 3
-    measured = {"score", "n", "stderr", "difference", "difference_stderr", "effective_stride", "nulls", "seconds"}
+    measured = {
+        "score",
+        "n",
+        "stderr",
+        "difference",
+        "difference_stderr",
+        "effective_stride",
+        "steps",
+        "nulls",
+        "seconds",
+    }
     assert set(summary[0]) == {"policy", "task", "length", *measured}
     assert all(row["n"] == 3 for row in summary)
     for row in summary:

@@ -72,6 +72,7 @@ def test_summary():
         difference=0.0,
         difference_stderr=0.0,
         effective_stride=1.0,
+        steps=18,
         nulls=1,
         seconds=1.0,
     )

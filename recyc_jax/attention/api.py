@@ -62,8 +62,8 @@ _CHOSEN = {"tpu": "pallas_tpu"}  # by None; the GPU's kernels have to be measure
 
 
 def resolve(name: str | None) -> Implementation:
-    """The implementation of that name. None takes what is best on the platform that JAX runs on: a TPU's kernels, elsewhere
-    the plain one (`"reference"`). `"pallas"` takes the platform's kernels or raises.
+    """The implementation of that name. None takes what is settled on for the platform that JAX runs on: a TPU's kernels,
+    elsewhere the plain one (`"reference"`). `"pallas"` takes the platform's kernels or raises.
 
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """

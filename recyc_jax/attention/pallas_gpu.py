@@ -5,7 +5,7 @@ flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html); each l
 these together. A row of 256 bytes read by index costs what one read in order does, so nothing is copied at a refresh
 (`COPIES` is False), and who has left a set is told by bounds (`INDEXES`), so partial steps keep no books.
 
-Nothing here runs on a CPU unless `triton.INTERPRET` is set. Whatever the head dim, group size and capacity, tiles are
+The kernels don't run on a CPU unless `triton.INTERPRET` is set. Whatever the head dim, group size and capacity, tiles are
 powers of two, and what lies outside is masked.
 """
 
@@ -59,7 +59,7 @@ LEAST = 16
 BLOCK = 128
 """Slots that a program reads at a time."""
 PROGRAMS = 512
-"""Programs at least, where there are slots enough: some four for each multiprocessor of an H100."""
+"""Programs aimed at, some four for each multiprocessor of an H100; no more than this unless rows and heads are more."""
 
 
 def _power(size: int) -> int:

@@ -168,7 +168,7 @@ def recycled(
 
 def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
     """The R = min(budget, S) best slots in rank order, ties to the lower slot; -1 where the score is -inf. Callers rely on
-    the order of the last `ordered` only."""
+    the order of the last `ordered` only, at least of the last one."""
     return select.top_slots(scores, budget)
 
 

@@ -46,18 +46,17 @@ def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int
 def _top_slots(scores: Float[Array, "L B K S"], count: int, ordered: int) -> Int[Array, "L B K R"]:
     rows = scores.reshape(-1, scores.shape[-1])
     best_keys, best = _partition(rows.astype(jnp.float32), None, count, keep_rest=False)
-    _, parted = _partition(best_keys, best, count - ordered, keep_rest=True)
-    head, tail = parted[:, : count - ordered], parted[:, count - ordered :]
-    tail_scores = jnp.where(tail < 0, -jnp.inf, jnp.take_along_axis(rows, jnp.maximum(tail, 0), axis=1))
-    _, tail = lax.sort((-tail_scores, tail), dimension=1, num_keys=1, is_stable=True)
-    return jnp.concatenate([head, tail], axis=1).reshape(*scores.shape[:-1], count)
+    parted_keys, parted = _partition(best_keys, best, count - ordered, keep_rest=True)
+    first = count - ordered
+    _, tail = lax.sort((~parted_keys[:, first:], parted[:, first:]), dimension=1, num_keys=1, is_stable=True)
+    return jnp.concatenate([parted[:, :first], tail], axis=1).reshape(*scores.shape[:-1], count)
 
 
 def _keys(loaded: Float[Array, " s"] | Int[Array, " s"]) -> Int[Array, " s"]:
-    """Integers in the order of the scores, zeros of both signs being one; keys stay as they are."""
+    """Integers in the order that a sort takes the scores in, -0 below +0; keys stay as they are."""
     if loaded.dtype == jnp.int32:
         return loaded
-    bits = lax.bitcast_convert_type(loaded + 0.0, jnp.int32)
+    bits = lax.bitcast_convert_type(loaded, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

@@ -66,8 +66,8 @@ class RecycledAttention(Policy):
     scores are those of its last `window` tokens (the log of the probability summed over them), as in `SnapKV`.
 
     `evict=False`: a partial step reads `budget` ranked tokens and every token since the refresh, the form that the paper
-    trains with (section 5). Under `QuerySimilarity` nothing bounds their number, and a partial step gathers over the whole
-    cache: exact, not fast.
+    trains with (section 5). Under `QuerySimilarity` nothing bounds their number, and a partial step of the plain functions
+    gathers over the whole cache: exact, not fast.
 
     `ablation` (the paper's table of ablations): `"no_refresh"`, full steps leave the set as it is;
     `"no_full_attention"`, they renew it but their output still comes from the old one (and is not counted as full).
@@ -122,10 +122,8 @@ class RecycledAttention(Policy):
 
     def _rank(self, scores: Sequence[Float[Array, "B K S"]], caches: Caches) -> list[Ranking]:
         lookahead = self.period - 1 if self.lookahead == "auto" else self.lookahead
-        leaving = 0  # as many as tokens can come before the next refresh
-        if self.evict:
-            renewed = not self.schedule.by_row and self.ablation != "no_refresh"
-            leaving = min(self.period, caches.steps) if renewed else caches.steps
+        # as many as tokens can come before the next refresh; who copies asks for the last one's rank even if none leave
+        leaving = 1 if not self.evict else caches.steps if self._longest is None else min(self._longest, caches.steps)
         return rank(caches.attention, scores, caches.visible, self.budget, self.pool, lookahead, leaving)
 
     def _choose(self, scores: Sequence[Float[Array, "B K S"]], caches: Caches) -> list[AnySet]:
@@ -145,9 +143,12 @@ class RecycledAttention(Policy):
     def _newest(self, step: Step) -> int:
         """The most tokens that a partial step can find since the refresh, its own among them."""
         capacity = step.keys.shape[2]
-        if self.schedule.by_row or self.ablation == "no_refresh":
-            return capacity
-        return min(self.period - (self.ablation is None), capacity)
+        return capacity if self._longest is None else min(self._longest - (self.ablation is None), capacity)
+
+    @property
+    def _longest(self) -> int | None:
+        """Steps from one refresh to the next, at most."""
+        return None if self.ablation == "no_refresh" else self.schedule.longest
 
     def decide(self, attention: Implementation, step: Step, state: RecycledState) -> Attended:
         due = self.schedule.due(step.number, step.q, step.plain_q, state.query) & ~step.done

@@ -31,6 +31,11 @@ class FixedStride:
         """Steps from one decision to the next."""
         return self.stride
 
+    @property
+    def longest(self) -> int | None:
+        """Steps from one full step to the next, at most; None where nothing bounds them."""
+        return self.stride
+
     def remember(self, q: Float[Array, "B N H"], plain_q: Float[Array, "B N H"]) -> Any:
         """What `due` will want to know of a full step: here, nothing."""
         return None
@@ -67,6 +72,11 @@ class QuerySimilarity:
     def period(self) -> int:
         """Steps from one decision to the next."""
         return self.check_every
+
+    @property
+    def longest(self) -> int | None:
+        """Nothing bounds the steps from one full step to the next."""
+        return None
 
     def remember(self, q: Float[Array, "B N H"], plain_q: Float[Array, "B N H"]) -> Float[Array, "B H"]:
         """What later queries are compared with: the mean over the heads, in float32."""
