@@ -205,7 +205,7 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
     table = Table(title=f"ms a step, {config.model}, batch {config.batch}, {dtype}, {kind}")
     for name in ("length", "policy", "full", "partial", "mean", "floor", "% of floor", "tokens/s", "x full"):
         table.add_column(name, justify="left" if name == "policy" else "right")
-    file = config.out / "speed.jsonl"
+    file, measured = config.out / "speed.jsonl", []
     with file.open("w", encoding="utf-8") as rows:
         for length in lengths:
             full_ms = None
@@ -217,6 +217,7 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
                 row |= {"policy": text, "model": config.model, "device": kind, "jax": jax.__version__}
                 rows.write(json.dumps(row) + "\n")
                 rows.flush()
+                measured.append(row)
                 names = (
                     "full_ms",
                     "partial_ms",
@@ -232,7 +233,32 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
                 if row["times_full"] is not None and text != "full" and row["times_full"] < 1:
                     print(f"warning: {text} gains nothing at {length} tokens and batch {config.batch}: see --estimate")
     Console(width=max(110, Console().width)).print(table)
-    print(f"{file} holds the results")
+    plot = config.out / "speed.png"
+    _plot(plot, measured, f"{config.model}, batch {config.batch}, {dtype}, {kind}")
+    print(f"{file} and {plot} hold the results")
+
+
+def _plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Mean ms a step against the context's length, a line a policy; dashed, its floor: the time that its bytes take."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for number, policy in enumerate(dict.fromkeys(row["policy"] for row in rows)):
+        points = [row for row in rows if row["policy"] == policy]
+        lengths, color = [row["length"] for row in points], colormaps["tab20"](number % 20)
+        axes.plot(lengths, [row["mean_ms"] for row in points], marker="o", color=color, label=policy)
+        axes.plot(lengths, [row["floor_ms"] for row in points], linestyle="--", linewidth=1, color=color)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({row["length"] for row in rows})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in the cache")
+    axes.set_ylabel("ms a step (dashed: floor)")
+    axes.set_title(title, fontsize=9)
+    figure.legend(loc="outside lower left", fontsize=7)
+    figure.savefig(path, dpi=120)
 
 
 def _full_first(policies: tuple[str, ...]) -> list[str]:

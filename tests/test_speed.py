@@ -109,6 +109,7 @@ def test_measuring_a_small_model(call_module, tmp_path):
     assert [row["policy"] for row in rows] == ["full", "recycled:budget=16,stride=4", "streaming_llm:budget=16"]
     assert all(row["mean_ms"] is not None and row["floor_ms"] > 0 for row in rows)
     assert [row[name] is None for row in rows for name in ("full_ms", "partial_ms")] == [0, 1, 0, 0, 1, 0]
+    assert (tmp_path / "out" / "speed.png").stat().st_size > 10_000
 
 
 def test_a_filled_state_is_decoded_as_a_prefilled_one_is(params, config):
