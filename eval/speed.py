@@ -67,7 +67,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     lengths = command.lengths(config.lengths)
     command.check_counts(batch=config.batch, repeats=config.repeats, chips=config.chips)
     command.check_policies(config.policies, lengths)
-    model = _shape(config.model)
+    model = shape(config.model)
     command.check_context(lengths, model.max_position_embeddings, config.allow_beyond_context)
     if config.bandwidth is not None and not config.bandwidth > 0:
         raise ValueError(f"--bandwidth {config.bandwidth} must be above 0 GB/s")
@@ -88,7 +88,8 @@ def _prepare(config: Config) -> Callable[[], None]:
     return lambda: _measure(config, model, lengths)
 
 
-def _shape(name: str) -> LlamaConfig:
+def shape(name: str) -> LlamaConfig:
+    """The config that `--model` names. Raises ValueError where there is none."""
     from recyc_jax import LlamaConfig
     from recyc_jax.shapes import SHAPES
 

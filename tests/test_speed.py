@@ -112,6 +112,29 @@ def test_measuring_a_small_model(call_module, tmp_path):
     assert (tmp_path / "out" / "speed.png").stat().st_size > 10_000
 
 
+def test_the_peer(call_module, tmp_path):
+    pytest.importorskip("torch")
+    write_folder(tmp_path / "model")
+    ran = call_module(
+        *(
+            "eval.peer",
+            "--model",
+            str(tmp_path / "model"),
+            "--lengths",
+            "64,128",
+            "--repeats",
+            "2",
+            "--dtype",
+            "float32",
+        ),
+        *("--no-compiled", "--batch", "2", "--out", str(tmp_path / "out")),
+    )
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "peer.jsonl").read_text().splitlines()]
+    assert [(row["length"], row["batch"], row["mean_ms"] > 0) for row in rows] == [(64, 2, True), (128, 2, True)]
+    assert "holds the results" in ran.stdout
+
+
 def test_a_filled_state_is_decoded_as_a_prefilled_one_is(params, config):
     """Filled caches have the shapes that prefill makes, so both are one compiled program."""
     config_of_run = speed.Config(batch=2)

@@ -1,0 +1,157 @@
+"""What a decode step costs with Hugging Face transformers: `python -m eval.peer`, the row to put beside `eval.speed`'s.
+
+The same shape, random weights, a static cache filled with random keys and values, greedy choice, SDPA and
+`torch.compile`. A process of its own, since PyTorch and JAX would share a card's memory badly. Needs `.[reference]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from eval import command, speed
+
+if TYPE_CHECKING:
+    from recyc_jax import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure transformers' decode steps."""
+
+    model: str = "smollm2-135m"
+    """As `eval.speed` has it."""
+    batch: int = 1
+    lengths: str = "2048,4096,8192"
+    """Tokens in the cache, comma-separated."""
+    steps: int = 20
+    """Steps of a timed run."""
+    repeats: int = 5
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    compiled: bool = True
+    """torch.compile the step, with CUDA graphs on a GPU."""
+    seed: int = 0
+    out: Path = Path("results/peer")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    config = tyro.cli(Config, prog="python -m eval.peer", args=args)
+    return command.run(_prepare, config, "the rows so far are kept")
+
+
+def _prepare(config: Config) -> Callable[[], None]:
+    lengths = command.lengths(config.lengths)
+    command.check_counts(batch=config.batch, steps=config.steps, repeats=config.repeats)
+    shape = speed.shape(config.model)
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"eval.peer needs {error.name}: pip install -e '.[reference]'") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {config.out}: {error.strerror}") from None
+
+    def measure() -> None:
+        torch.manual_seed(config.seed)
+        dtype = getattr(torch, config.dtype)
+        model = _model(shape, max(lengths) + config.steps, dtype, device)
+        facts = {
+            "policy": "transformers, static cache" + (", torch.compile" if config.compiled else ""),
+            "model": config.model,
+            "batch": config.batch,
+            "dtype": config.dtype,
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        }
+        file = config.out / "peer.jsonl"
+        with file.open("w", encoding="utf-8") as rows:
+            for length in lengths:
+                command.heed_interrupt()
+                row = {"length": length, **_step_ms(config, model, length, dtype, device), **facts}
+                rows.write(json.dumps(row) + "\n")
+                rows.flush()
+                print(f"{length}: {row['mean_ms']} ms a step, {row['compile_s']} s to compile", flush=True)
+        print(f"{file} holds the results")
+
+    return measure
+
+
+def _model(shape: LlamaConfig, positions: int, dtype: Any, device: str) -> Any:
+    """A Llama of this shape with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers import LlamaConfig as Llama
+
+    config = Llama(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=positions,
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def _step_ms(config: Config, model: Any, length: int, dtype: Any, device: str) -> dict[str, Any]:
+    """ms a step: the median of runs of `steps` steps, each from a cache of `length` - `steps` tokens."""
+    import torch
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    held = (model.config.num_key_value_heads, model.config.head_dim)
+    cache.early_initialization(config.batch, *held, dtype=dtype, device=torch.device(device))
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+
+    def step(token: Any, position: Any) -> Any:
+        logits = model(input_ids=token, past_key_values=cache, position_ids=position).logits
+        return logits[:, -1:].argmax(-1)
+
+    run_step = torch.compile(step, mode="reduce-overhead" if device == "cuda" else None) if config.compiled else step
+
+    @torch.no_grad()
+    def run() -> float:
+        for layer in cache.layers:  # back to where the steps begin
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length.fill_(length - config.steps)
+        token = torch.zeros((config.batch, 1), dtype=torch.long, device=device)
+        began = time.perf_counter()
+        for number in range(config.steps):
+            position = torch.full((config.batch, 1), length - config.steps + number, device=device)
+            token = run_step(token, position).clone()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    first = run()
+    run()
+    took = statistics.median(run() for _ in range(config.repeats))
+    return {
+        "mean_ms": round(1000 * took / config.steps, 4),
+        "tokens_per_s": round(config.batch * config.steps / took, 1),
+        "compile_s": round(max(0.0, first - took), 1),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
