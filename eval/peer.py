@@ -7,6 +7,7 @@ The same shape, random weights, a static cache filled with random keys and value
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import statistics
 import sys
@@ -122,8 +123,11 @@ def _step_ms(config: Config, model: Any, length: int, dtype: Any, device: str) -
         layer.keys.normal_()
         layer.values.normal_()
 
+    # transformers 5.24 renamed it
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
     def step(token: Any, position: Any) -> Any:
-        logits = model(input_ids=token, past_key_values=cache, position_ids=position).logits
+        logits = model(input_ids=token, position_ids=position, **{name: cache}).logits
         return logits[:, -1:].argmax(-1)
 
     run_step = torch.compile(step, mode="reduce-overhead" if device == "cuda" else None) if config.compiled else step
