@@ -2,7 +2,7 @@
 
 One query a row is too little work to fill a GPU unless the slots are split among many programs (split-K, as in
 flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html); each leaves a running softmax, and XLA puts
-these together. A row of 256 bytes read by index costs what one read in order does, so nothing is copied at a refresh
+these together. A prototype read rows of 256 bytes by index as fast as in order, so nothing is copied at a refresh
 (`COPIES` is False), and who has left a set is told by bounds (`INDEXES`), so partial steps keep no books.
 
 The kernels don't run on a CPU unless `triton.INTERPRET` is set. Whatever the head dim, group size and capacity, tiles are
