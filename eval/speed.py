@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from recyc_jax import LlamaConfig
     from recyc_jax.policies.base import Policy
 
+STEPS = 40
+"""Decode steps of a timed run, or as many more as make whole periods."""
 GAIN = 1.1
 """Recycling pays, for the warnings, where full attention's step takes this many times the mean step."""
 
@@ -48,6 +50,8 @@ class Config:
     """With --estimate: how many share the model evenly. What they tell each other is not counted."""
     bandwidth: float | None = None
     """With --estimate: GB/s that a chip reaches. Default: what a copy was seen to reach, else the vendor's figure."""
+    prefill: bool = False
+    """Read a prompt of each length too, and say what that takes; else the cache is filled with random numbers."""
     repeats: int = 5
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     backend: Backend = "auto"
@@ -199,23 +203,34 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
     from recyc_jax.policies.registry import parse_policy
 
     dtype = jnp.dtype(command.dtype_name(config.dtype))
-    bandwidth = _copy_bandwidth()
+    bandwidth = copy_bandwidth()
     kind = jax.devices()[0].device_kind
     print(f"{kind}: a copy moves {bandwidth:.1f} GB/s", flush=True)
-    params = rj.init_params(model, jax.random.key(config.seed), dtype)
+    params = random_like(jax.eval_shape(lambda: rj.init_params(model, jax.random.key(0), dtype)), config.seed, 0.02)
     table = Table(title=f"ms a step, {config.model}, batch {config.batch}, {dtype}, {kind}")
     for name in ("length", "policy", "full", "partial", "mean", "floor", "% of floor", "tokens/s", "x full"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     file, measured = config.out / "speed.jsonl", []
+    implementation = None if config.implementation == "auto" else config.implementation
     with file.open("w", encoding="utf-8") as rows:
         for length in lengths:
-            full_ms = None
+            full_ms, known = None, {}
+            prefill_ms = None
+            if config.prefill:
+                prefill_ms = _prefill_ms(config, model, params, length, implementation)
+                print(f"{length} prefill: {prefill_ms} ms", flush=True)
             for text in _full_first(config.policies):
                 command.heed_interrupt()
-                row = _row(config, model, params, parse_policy(text, length), length, bandwidth)
+                row = _row(config, model, params, parse_policy(text, length), length, bandwidth, known)
                 full_ms = row["mean_ms"] if text == "full" else full_ms
                 row["times_full"] = round(full_ms / row["mean_ms"], 3) if full_ms else None
-                row |= {"policy": text, "model": config.model, "device": kind, "jax": jax.__version__}
+                row |= {
+                    "prefill_ms": prefill_ms,
+                    "policy": text,
+                    "model": config.model,
+                    "device": kind,
+                    "jax": jax.__version__,
+                }
                 rows.write(json.dumps(row) + "\n")
                 rows.flush()
                 measured.append(row)
@@ -267,25 +282,32 @@ def _full_first(policies: tuple[str, ...]) -> list[str]:
     return ["full", *(text for text in policies if text != "full")]
 
 
-def _copy_bandwidth() -> float:
-    """GB/s that a copy of a large array reads and writes."""
+def copy_bandwidth() -> float:
+    """GB/s that copies of a large array read and write."""
     import jax
     import jax.numpy as jnp
 
-    size = 2**30 if jax.default_backend() != "cpu" else 2**28
+    size, copies = (2**30, 20) if jax.default_backend() != "cpu" else (2**28, 1)
     array = jnp.zeros(size // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
 
     def copy() -> Any:
         nonlocal array
-        array = add(array)
+        for _ in range(copies):  # one after the other: starting them is not counted
+            array = add(array)
         return array
 
-    return round(2 * size / 1e6 / _median_ms(copy, 5), 1)
+    return round(2 * size * copies / 1e6 / _median_ms(copy, 5), 1)
 
 
 def _row(
-    config: Config, model: LlamaConfig, params: Any, policy: Policy, length: int, bandwidth: float
+    config: Config,
+    model: LlamaConfig,
+    params: Any,
+    policy: Policy,
+    length: int,
+    bandwidth: float,
+    known: dict[tuple[Policy, int], float],
 ) -> dict[str, Any]:
     import jax
 
@@ -300,9 +322,15 @@ def _row(
     mean, compile_s, peak = _mean_ms(config, model, params, policy, length, implementation)
     full = mean if found.partial is None else None
     partial = mean if found.full is None else None
-    if isinstance(policy, rj.RecycledAttention):  # each kind of step alone: never refreshing, and always
-        alone = rj.SnapKV(policy.budget), dataclasses.replace(policy, schedule=rj.FixedStride(1), lookahead=0)
-        partial, full = (_mean_ms(config, model, params, one, length, implementation)[0] for one in alone)
+    if isinstance(policy, rj.RecycledAttention):
+        # each kind of step: never refreshing, and by turns; at every step XLA would drop it, for no step reads the set
+        alone, lookahead = rj.SnapKV(policy.budget), policy.lookahead
+        lookahead = policy.period - 1 if lookahead == "auto" else lookahead
+        by_turns = dataclasses.replace(policy, schedule=rj.FixedStride(2), lookahead=lookahead)
+        partial, both = (
+            _alone_ms(config, model, params, one, length, implementation, known) for one in (alone, by_turns)
+        )
+        full = round(2 * both - partial, 4)
     reads = [step.bytes if step else None for step in (found.full, found.partial)]
     device = roofline.Device("here", float("inf"), bandwidth, 0, 1.0)
     floor = found.milliseconds(device)
@@ -325,20 +353,52 @@ def _row(
     }
 
 
+def _alone_ms(
+    config: Config,
+    model: LlamaConfig,
+    params: Any,
+    policy: Policy,
+    length: int,
+    implementation: str | None,
+    known: dict[tuple[Policy, int], float],
+) -> float:
+    """ms a step, measured once for each policy and length."""
+    if (policy, length) not in known:
+        known[policy, length] = _mean_ms(config, model, params, policy, length, implementation)[0]
+    return known[policy, length]
+
+
+def _prefill_ms(config: Config, model: LlamaConfig, params: Any, length: int, implementation: str | None) -> float:
+    """What reading a prompt of random tokens takes, compiled already."""
+    import jax
+    import numpy as np
+
+    import recyc_jax as rj
+
+    tokens = np.random.default_rng(config.seed).integers(0, model.vocab_size, (config.batch, length)).astype(np.int32)
+
+    def run() -> Any:
+        return rj.prefill(params, model, tokens, max_new_tokens=1, implementation=implementation).logits
+
+    jax.block_until_ready(run())
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return round(1000 * (time.perf_counter() - began), 1)
+
+
 def _mean_ms(
     config: Config, model: LlamaConfig, params: Any, policy: Policy, length: int, implementation: str | None
 ) -> tuple[float, float, int | None]:
     """(ms a step, seconds to compile, peak bytes where the device tells them) through the public `decode`.
 
-    Two runs that differ by whole periods only: what a run takes before its first step cancels out.
+    A run of whole periods, less one that ends before its first step.
     """
     import jax
 
     import recyc_jax as rj
 
-    periods = max(1, -(-20 // policy.period))
-    short, long = (1 + n * policy.period for n in (periods, 3 * periods))
-    state = _filled(config, model, params, policy, length, long, implementation)
+    short, long = 1, 1 + -(-STEPS // policy.period) * policy.period
+    state = filled(config, model, params, policy, length, long, implementation)
     took, compile_s = {}, 0.0
     for steps in (short, long):
 
@@ -365,7 +425,7 @@ def _mean_ms(
     return round(mean, 4), round(compile_s, 1), stats.get("peak_bytes_in_use")
 
 
-def _filled(
+def filled(
     config: Config, model: LlamaConfig, params: Any, policy: Policy, length: int, steps: int, implementation: str | None
 ) -> Any:
     """A prefilled state of random keys, values and observations, with room for `steps` tokens."""
@@ -382,8 +442,19 @@ def _filled(
         return prefill._prefill(params, tokens, lengths, model, steps, policy.observes, implementation)
 
     made = jax.eval_shape(shapes, params, tokens, lengths)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    keys = iter(jax.random.split(jax.random.key(config.seed), len(jax.tree.leaves(made))))
+    state = random_like(made, config.seed, 1.0)
+    filled = dataclasses.replace(state.cache, length=jnp.asarray(state.prompt_slots, jnp.int32))
+    return dataclasses.replace(state, cache=filled)
+
+
+def random_like(shapes: Any, seed: int, scale: float) -> Any:
+    """Normal numbers of these shapes, zeros where they are whole; a program for each shape is soon compiled, one for all
+    leaves of a model is not."""
+    import jax
+    import jax.numpy as jnp
+
+    normal = jax.jit(lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
 
     def fill(leaf: Any) -> jax.Array:
         key = next(keys)
@@ -391,9 +462,7 @@ def _filled(
             return normal(key, leaf.shape, leaf.dtype)
         return jnp.zeros(leaf.shape, leaf.dtype)
 
-    state = jax.tree.map(fill, made)
-    filled = dataclasses.replace(state.cache, length=jnp.asarray(state.prompt_slots, jnp.int32))
-    return dataclasses.replace(state, cache=filled)
+    return jax.tree.map(fill, shapes)
 
 
 def _median_ms(run: Callable[[], Any], repeats: int) -> float:

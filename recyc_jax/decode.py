@@ -24,10 +24,11 @@ from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, Leaf
 from recyc_jax.config import LlamaConfig, whole_number
-from recyc_jax.model import Heads, Params
+from recyc_jax.model import Params
 from recyc_jax.policies.base import Caches, Policy, Step
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.prefill import Prefilled, prefill
+from recyc_jax.projections import Heads
 from recyc_jax.sampling import Greedy, Sample
 
 
@@ -76,7 +77,7 @@ def decode_step(
 
     def attend(layer: int, heads: Heads, layer_state: Any) -> tuple[Array, Any]:
         kv, recycled = layer_state
-        kv = kv.append(heads.k, heads.v, slot)
+        kv = attention.append(kv, heads.k, heads.v, slot)
         here = Step(
             q=heads.q[:, 0],
             plain_q=heads.plain_q[:, 0],
@@ -91,7 +92,9 @@ def decode_step(
 
     positions = (slot - kv_cache.starts)[:, None]
     layer_states = tuple(zip(kv_cache.layers, state.recycled, strict=True))
-    hidden, after = model.hidden_states(params, config, state.token[:, None], positions, attend, layer_states)
+    hidden, after = model.hidden_states(
+        params, config, state.token[:, None], positions, attend, layer_states, attention.projections
+    )
     layers, recycled, fulls = zip(*after, strict=True)
     if deciding:
         visible = cache.filled(kv_cache.starts, slot + 1, kv_cache.capacity)

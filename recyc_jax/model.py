@@ -9,28 +9,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from recyc_jax import rope
+from recyc_jax import projections, rope
 from recyc_jax.attention import reference
 from recyc_jax.config import LlamaConfig
+from recyc_jax.projections import Heads, Linear, Norm, Projections, ToHeads
 
 Params = Any
-
-
-class Heads(NamedTuple):
-    """What a layer hands to its attention function."""
-
-    q: Array  # [B, T, N, H], after RoPE
-    k: Array  # [B, T, K, H], after RoPE
-    v: Array  # [B, T, K, H]
-    plain_q: Array  # [B, T, N, H]: q before RoPE, by which some policies tell queries alike
 
 
 Attend = Callable[[int, Heads, Any], tuple[Array, Any]]
@@ -39,20 +30,40 @@ _WEIGHT_INIT = nn.initializers.normal(0.02)
 
 
 class RMSNorm(nn.Module):
-    """x over its root mean square, times a scale; the variance is taken in float32."""
+    """`projections.rms_norm`."""
 
     eps: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return scale.astype(x.dtype) * wide.astype(x.dtype)
+        return projections.rms_norm(x, _norm(self, x.shape[-1], self.eps))
 
 
-def _dense(features: int, name: str, use_bias: bool = False) -> nn.Dense:
-    return nn.Dense(features, use_bias=use_bias, kernel_init=_WEIGHT_INIT, name=name)
+def _norm(module: nn.Module, features: int, eps: float) -> Norm:
+    return Norm(module.param("scale", nn.initializers.ones, (features,)), eps)
+
+
+class _Norm(nn.Module):
+    """A norm's parameters, for what it is part of."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self) -> Norm:
+        return _norm(self, self.config.hidden_size, self.config.rms_norm_eps)
+
+
+class _Linear(nn.Module):
+    """A projection's parameters, likewise."""
+
+    features_in: int
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self) -> Linear:
+        kernel = self.param("kernel", _WEIGHT_INIT, (self.features_in, self.features))
+        return Linear(kernel, self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None)
 
 
 class Attention(nn.Module):
@@ -60,34 +71,39 @@ class Attention(nn.Module):
 
     config: LlamaConfig
     layer: int
+    projections: Projections
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, state: Any
+        self, x: Float[Array, "B T D"], norm: Norm, cos: Array, sin: Array, attend: Attend, state: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
+        """x with attention's output for its norm added."""
         c = self.config
-        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        flat = [
-            _dense(count * dim, f"{name}_proj", c.qkv_bias)(x)
-            for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-        ]
-        # XLA for TPU would take the split into heads back into the product, and turn the weights around for it at each step
-        q, k, v = (one.reshape(*x.shape[:2], -1, dim) for one in lax.optimization_barrier(flat))
-        made = Heads(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, q)
-        out, state = attend(self.layer, made, state)
-        return _dense(c.hidden_size, "o_proj")(out.reshape(*x.shape[:2], heads * dim)), state
+        width, dim = c.num_attention_heads * c.head_dim, c.head_dim
+        kv_width = c.num_key_value_heads * dim
+        to_heads = ToHeads(
+            _Linear(c.hidden_size, width, c.qkv_bias, name="q_proj")(),
+            _Linear(c.hidden_size, kv_width, c.qkv_bias, name="k_proj")(),
+            _Linear(c.hidden_size, kv_width, c.qkv_bias, name="v_proj")(),
+        )
+        out, state = attend(self.layer, self.projections.heads(x, norm, to_heads, cos, sin, dim), state)
+        to_hidden = _Linear(width, c.hidden_size, name="o_proj")()
+        return self.projections.added(out.reshape(*x.shape[:2], width), to_hidden, x), state
 
 
 class MLP(nn.Module):
     """The SiLU-gated feed-forward layer."""
 
     config: LlamaConfig
+    projections: Projections
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate = _dense(self.config.intermediate_size, "gate_proj")(x)
-        up = _dense(self.config.intermediate_size, "up_proj")(x)
-        return _dense(self.config.hidden_size, "down_proj")(nn.silu(gate) * up)
+    def __call__(self, x: Float[Array, "B T D"], norm: Norm) -> Float[Array, "B T D"]:
+        """x with the layer's output for its norm added."""
+        c = self.config
+        gate, up = (_Linear(c.hidden_size, c.intermediate_size, name=name)() for name in ("gate_proj", "up_proj"))
+        down = _Linear(c.intermediate_size, c.hidden_size, name="down_proj")()
+        return self.projections.added(self.projections.gated(x, norm, gate, up), down, x)
 
 
 class Block(nn.Module):
@@ -95,27 +111,28 @@ class Block(nn.Module):
 
     config: LlamaConfig
     layer: int
+    projections: Projections = projections
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, state: Any
     ) -> tuple[Float[Array, "B T D"], Any]:
-        eps = self.config.rms_norm_eps
-        attention = Attention(self.config, self.layer, name="attention")
-        out, state = attention(RMSNorm(eps, name="attention_norm")(x), cos, sin, attend, state)
-        x = x + out
-        return x + MLP(self.config, name="mlp")(RMSNorm(eps, name="mlp_norm")(x)), state
+        c = self.config
+        norm = _Norm(c, name="attention_norm")()
+        x, state = Attention(c, self.layer, self.projections, name="attention")(x, norm, cos, sin, attend, state)
+        return MLP(c, self.projections, name="mlp")(x, _Norm(c, name="mlp_norm")()), state
 
 
 class Llama(nn.Module):
     """The decoder. Call it for hidden states, `logits` for the head."""
 
     config: LlamaConfig
+    projections: Projections = projections
 
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param("embedding", _WEIGHT_INIT, (c.vocab_size, c.hidden_size))
-        self.layers = [Block(c, layer) for layer in range(c.num_hidden_layers)]
+        self.layers = [Block(c, layer, self.projections) for layer in range(c.num_hidden_layers)]
         self.final_norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.head = self.param("head", _WEIGHT_INIT, (c.vocab_size, c.hidden_size))
@@ -161,9 +178,10 @@ def hidden_states(
     positions: Int[Array, "B T"],
     attend: Attend,
     states: Sequence[Any],
+    projections: Projections = projections,
 ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
     """`Llama.__call__` with these parameters."""
-    return cast(Any, Llama(config).apply({"params": params}, tokens, positions, attend, states))
+    return cast(Any, Llama(config, projections).apply({"params": params}, tokens, positions, attend, states))
 
 
 def logits(params: Params, config: LlamaConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -18,8 +18,9 @@ from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, LayerCache, Leaf
 from recyc_jax.config import LlamaConfig, whole_number
-from recyc_jax.model import Heads, Params
+from recyc_jax.model import Params
 from recyc_jax.policies.base import Observed, Observes, Policy
+from recyc_jax.projections import Heads
 
 PREFILL_CHUNK = 1024
 PREFILL_TOKENS = 16384  # B * chunk at most: bounds a chunk's activations whatever the batch

@@ -74,19 +74,27 @@ def test_selected(attention, arrays):
 
 
 def test_recycled(attention, arrays):
-    """Some of the listed slots count, and a range: none of it, all in one block, more than the programs read at first."""
+    """Listed slots and the newest: none of these, some, and so many that all that is listed has left, and the first new
+    ones too."""
     rng = np.random.default_rng(3)
     slots = np.array([[rng.choice(20, 9, replace=False) for _ in range(K)] for _ in range(B)])
     slots[0, 0, 4:] = -1
-    for kept, first, length in (([9, 3], [37, 37], 37), ([5, 0], [30, 36], 37), ([0, 9], [20, 22], 40)):
+    for evict, since, length in (
+        (True, [37, 37], 37),
+        (True, [30, 36], 37),
+        (True, [20, 31], 40),
+        (False, [20, 37], 40),
+    ):
 
-        def seen(b, k, kept=kept, first=first, length=length):
-            listed = slots[b, k, : kept[b]]
-            return np.isin(np.arange(S), listed[listed >= 0]) | ((np.arange(S) >= first[b]) & (np.arange(S) < length))
+        def seen(b, k, evict=evict, since=since, length=length):
+            listed, new = slots[b, k], np.arange(since[b], length)
+            if evict:
+                listed, new = listed[: max(0, 9 - new.size)], new[-9:]
+            return np.isin(np.arange(S), [*listed[listed >= 0], *new])
 
         out, _ = by_heads(*arrays, seen)
-        bounds = (jnp.asarray(x, jnp.int32) for x in (slots, kept, first, length))
-        np.testing.assert_allclose(attention.recycled(*arrays, *bounds), out, atol=1e-5)
+        got = attention.recycled(*arrays, *(jnp.asarray(x, jnp.int32) for x in (slots, since, length)), evict)
+        np.testing.assert_allclose(got, out, atol=1e-5)
 
 
 def probabilities(q, keys, seen):
@@ -223,10 +231,10 @@ def test_top_slots(budget, levels, hidden, seed):
 
 
 @given(
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.sampled_from((40, 1024, 1500))),
-    budget=st.integers(1, 60),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.sampled_from((40, 1024, 1500, 5000))),
+    budget=st.one_of(st.integers(1, 60), st.integers(128, 400)),
     ordered=st.integers(0, 12),
-    levels=st.sampled_from((1, 3, 1000)),
+    levels=st.sampled_from((1, 3, 1000, 10**6)),
     seen=st.sampled_from((0.0, 0.02, 0.5, 1.0)),
     seed=st.integers(0, 10**6),
 )

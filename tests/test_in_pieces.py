@@ -80,15 +80,20 @@ def test_a_state_goes_on_with_what_it_began_with(params, config, in_pieces):
         rj.decode(params, config, state, policy=rj.FullAttention(), implementation="in_pieces")
 
 
-def test_kernels_by_platform(monkeypatch):
+def test_kernels_by_platform(monkeypatch, caplog):
     assert api.resolve(None).__name__ == "recyc_jax.attention.reference"
     with pytest.raises(ValueError, match="no kernels for cpu, only for gpu, tpu"):
         api.resolve("pallas")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert api.resolve("pallas") is api.resolve("pallas_gpu")
-    assert api.resolve(None) is api.resolve("reference")  # until the kernels have been measured
+    assert api.resolve(None) is api.resolve("pallas") is api.resolve("pallas_gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert api.resolve(None) is api.resolve("pallas") is api.resolve("pallas_tpu")
+    # a JAX without what the kernels are written in: the plain functions, and one line that says so
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "pallas_tpu", "recyc_jax.attention.not_there")
+    assert api.resolve(None) is api.resolve(None) is api.resolve("reference")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    with pytest.raises(ImportError):
+        api.resolve("pallas")
 
 
 def test_room_is_what_was_asked_for(params, config, in_pieces):

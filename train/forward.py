@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from recyc_jax import model, rope
 from recyc_jax.attention.training import SELECTION
 from recyc_jax.config import LlamaConfig
-from recyc_jax.model import Heads, Params
+from recyc_jax.model import Params
+from recyc_jax.projections import Heads
 
 Remat = Literal["full", "dots", "none"]
 Attention = Callable[[Array, Array, Array, Array | None], Array]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 from collections.abc import Sequence
 from typing import Protocol, cast, runtime_checkable
 
 import jax
 from jaxtyping import Array
+
+from recyc_jax.cache import LayerCache
+from recyc_jax.projections import Projections
 
 
 @runtime_checkable
@@ -20,6 +25,11 @@ class Implementation(Protocol):
     """What a policy reads between two refreshes is to be copied (`compact`) and read in pieces, not by index."""
     INDEXES: bool
     """What a policy reads between two refreshes is to be told by bounds (`recycled`), with no upkeep in partial steps."""
+
+    projections: Projections
+    """A layer's matrix products in a decode step."""
+
+    def append(self, cached: LayerCache, k: Array, v: Array, slot: Array) -> LayerCache: ...
 
     def full(self, q: Array, keys: Array, values: Array, visible: Array) -> Array: ...
 
@@ -34,7 +44,7 @@ class Implementation(Protocol):
     def selected_with_weights(self, q: Array, keys: Array, values: Array, slots: Array) -> tuple[Array, Array]: ...
 
     def recycled(
-        self, q: Array, keys: Array, values: Array, slots: Array, kept: Array, first: Array, length: Array
+        self, q: Array, keys: Array, values: Array, slots: Array, since: Array, length: Array, evict: bool
     ) -> Array: ...
 
     def top_slots(self, scores: Array, budget: int, ordered: int) -> Array: ...
@@ -58,17 +68,26 @@ IMPLEMENTATIONS = {
 """The modules; kernels are imported when they are first asked for."""
 
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # by the platform that JAX runs on
-_CHOSEN = {"tpu": "pallas_tpu"}  # by None; the GPU's kernels have to be measured first
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logging.getLogger(__name__).warning(line)
 
 
 def resolve(name: str | None) -> Implementation:
-    """The implementation of that name. None takes what is settled on for the platform that JAX runs on: a TPU's kernels,
-    elsewhere the plain one (`"reference"`). `"pallas"` takes the platform's kernels or raises.
+    """The implementation of that name. `"pallas"` takes the kernels of the platform that JAX runs on or raises; None takes
+    them where there are any, and where this JAX has what they are written in, else the plain one (`"reference"`).
 
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        name = _CHOSEN.get(jax.default_backend(), "reference")
+        name = _KERNELS.get(jax.default_backend(), "reference")
+        try:
+            return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
+        except ImportError as error:  # JAX has announced that Pallas' Triton backend will go
+            _say_once(f"this JAX lacks what {name} is written in ({error}): attention is plain")
+            name = "reference"
     if name == "pallas":
         platform = jax.default_backend()
         if platform not in _KERNELS:

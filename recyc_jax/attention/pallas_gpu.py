@@ -1,18 +1,18 @@
-"""Attention on NVIDIA GPUs: Pallas (Triton) kernels for decoding, the plain functions elsewhere.
+"""Attention on NVIDIA GPUs: Pallas (Triton) kernels for decoding, prefill and selection; the plain functions elsewhere.
 
 One query a row is too little work to fill a GPU unless the slots are split among many programs (split-K, as in
-flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html); each leaves a running softmax, and XLA puts
-these together. A prototype read rows of 256 bytes by index as fast as in order, so nothing is copied at a refresh
+flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html); each leaves a running softmax, and one more kernel
+puts these together. Rows of 256 bytes are read by index as fast as in order, so nothing is copied at a refresh
 (`COPIES` is False), and who has left a set is told by bounds (`INDEXES`), so partial steps keep no books.
 
 The kernels don't run on a CPU unless `triton.INTERPRET` is set. Whatever the head dim, group size and capacity, tiles are
-powers of two, and what lies outside is masked.
+powers of two, and what lies outside is masked. What was measured is in docs/results/speed.md.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax import projections_gpu as projections
 from recyc_jax import sharding
 from recyc_jax.attention import triton
+from recyc_jax.attention.prefill_gpu import chunk
 from recyc_jax.attention.reference import (
     MASKED,
-    chunk,
     chunk_with_mass,
     compact,
     full_with_weights,
@@ -34,8 +35,10 @@ from recyc_jax.attention.reference import (
     window_scores,
 )
 from recyc_jax.attention.select_gpu import top_slots
+from recyc_jax.cache import LayerCache
 
 __all__ = [
+    "append",
     "chunk",
     "chunk_with_mass",
     "compact",
@@ -43,6 +46,7 @@ __all__ = [
     "full_with_scores",
     "full_with_weights",
     "pieces_with_weights",
+    "projections",
     "recycled",
     "selected",
     "selected_with_weights",
@@ -56,10 +60,19 @@ INDEXES: bool = True
 
 LEAST = 16
 """The smallest side of a tile that Triton multiplies."""
-BLOCK = 128
-"""Slots that a program reads at a time."""
-PROGRAMS = 512
-"""Programs aimed at, some four for each multiprocessor of an H100; no more than this unless rows and heads are more."""
+
+
+class _Split(NamedTuple):
+    """How slots are split among programs."""
+
+    block: int  # slots that a program reads at a time
+    programs: int  # aimed at: no more than these unless rows and heads are more
+    warps: int = 4
+    stages: int = 3  # blocks on their way or at hand
+
+
+FULL = _Split(128, 264)
+RECYCLED = _Split(32, 512, warps=2, stages=4)
 
 
 def _power(size: int) -> int:
@@ -96,9 +109,7 @@ def selected(
     slots: Int[Array, "B K R"],
 ) -> Float[Array, "B N H"]:
     """As `reference.selected`; the slots are read where they stand."""
-    everything = jnp.full(q.shape[0], slots.shape[2], jnp.int32)
-    nothing = jnp.zeros(q.shape[0], jnp.int32)
-    return recycled(q, keys, values, slots, everything, nothing, jnp.zeros((), jnp.int32))
+    return recycled(q, keys, values, slots, jnp.zeros(q.shape[0], jnp.int32), jnp.zeros((), jnp.int32), evict=False)
 
 
 def recycled(
@@ -106,14 +117,42 @@ def recycled(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     slots: Int[Array, "B K R"],
-    kept: Int[Array, " B"],
-    first: Int[Array, " B"],
+    since: Int[Array, " B"],
     length: Int[Array, ""],
+    evict: bool,
 ) -> Float[Array, "B N H"]:
     """As `reference.recycled`; listed slots are read where they stand, the newest in order, and nothing else is."""
-    bounds = jnp.stack(jnp.broadcast_arrays(kept, first, length), axis=1).astype(jnp.int32)
-    out, _, _ = _attend(q, keys, values, slots, bounds)
+    out, _, _ = _attend(q, keys, values, slots, (since, jnp.reshape(length, 1)), evict)
     return out
+
+
+def append(
+    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]
+) -> LayerCache:
+    """As `LayerCache.append`; one token's keys and values in one kernel."""
+    if k.shape[1] != 1 or not jax.sharding.get_abstract_mesh().empty:
+        return cached.append(k, v, slot)
+    (batch, _, heads, _), (keys, values) = k.shape, (cached.keys, cached.values)
+    after = pl.pallas_call(
+        _append,
+        out_shape=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in (keys, values)],
+        grid=(batch, heads),
+        input_output_aliases={3: 0, 4: 1},
+        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        interpret=triton.INTERPRET,
+        name="append",
+    )(jnp.reshape(slot, 1), k[:, 0], v[:, 0], keys, values)
+    return cached.with_others(*after)
+
+
+def _append(slot_ref: Any, k_ref: Any, v_ref: Any, keys_ref: Any, values_ref: Any, *after_refs: Any) -> None:
+    """One program: a head. The caches are what comes out already, but for the new token."""
+    row, head = pl.program_id(0), pl.program_id(1)
+    slot, dim = plt.load(slot_ref.at[jnp.int32(0)]), k_ref.shape[2]
+    lanes = jnp.arange(pl.next_power_of_2(dim))
+    to = jnp.minimum(lanes, dim - 1)  # lanes past the end write the last one again
+    for new_ref, after_ref in zip((k_ref, v_ref), after_refs, strict=True):
+        plt.store(after_ref.at[row, head, slot, to], plt.load(new_ref.at[row, head, to]))
 
 
 def _attend(
@@ -121,29 +160,30 @@ def _attend(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     listed: Int[Array, "B S"] | Int[Array, "B K R"],
-    bounds: Int[Array, "B 3"] | None = None,
+    ages: tuple[Array, ...] = (),  # int32 [B], [1]
+    evict: bool = False,
     keep_logits: bool = False,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G"], Float[Array, "B K G S"] | None]:
     """The output, the log of the sum of exponentials of each query head, and the logits if they are wanted. `listed` says
-    of each slot whether it is visible; or, with `bounds`, it holds slots, and a row's bounds are the number of them
-    that count, and the first slot and the end of a range that is read as well."""
-    inputs = ("BK-", "BK--", "BK--", *(("B-",) if bounds is None else ("BK-", "B-")))
+    of each slot whether it is visible; or, with `ages`, it holds slots, and these are `since` and `length` of
+    `reference.recycled`."""
+    inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if ages else ("B-",)))
     outputs = ("BK-", "BK-", "BK--" if keep_logits else None)
-    local = functools.partial(_attend_here, keep_logits=keep_logits)
-    arrays = (q, keys, values, listed, *(() if bounds is None else (bounds,)))
-    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(*arrays)
+    local = functools.partial(_attend_here, evict=evict, keep_logits=keep_logits)
+    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, listed, *ages)
 
 
 def _attend_here(
-    q: Array, keys: Array, values: Array, listed: Array, bounds: Array | None = None, *, keep_logits: bool
+    q: Array, keys: Array, values: Array, listed: Array, *ages: Array, evict: bool, keep_logits: bool
 ) -> tuple[Array, Array, Array | None]:
     """`_attend` on one device's share."""
     batch, heads, dim = q.shape
     kv_heads = keys.shape[1]
     groups = heads // kv_heads
     count = listed.shape[-1]
-    blocks = pl.cdiv(count, BLOCK)
-    programs = min(blocks, max(1, PROGRAMS // (batch * kv_heads)))
+    split = RECYCLED if ages else FULL
+    blocks = pl.cdiv(count, split.block)
+    programs = min(blocks, max(1, split.programs // (batch * kv_heads)))
     share = pl.cdiv(blocks, programs)
     programs = pl.cdiv(blocks, share)
     # where a tile is larger than what there is, masked stores go one past the end, never on a live place
@@ -155,43 +195,84 @@ def _attend_here(
         jax.ShapeDtypeStruct(parts, jnp.float32),
     ]
     if keep_logits:
-        shapes.append(jax.ShapeDtypeStruct((batch, kv_heads, rows, programs * share * BLOCK), jnp.float32))
+        shapes.append(jax.ShapeDtypeStruct((batch, kv_heads, rows, programs * share * split.block), jnp.float32))
     moved = batch * kv_heads * count * dim * (keys.dtype.itemsize + values.dtype.itemsize)
     parts_out = pl.pallas_call(
-        functools.partial(_part, share=share, programs=programs, indexed=bounds is not None),
+        functools.partial(_part, block=split.block, share=share, programs=programs, indexed=bool(ages), evict=evict),
         out_shape=shapes,
         grid=(batch, kv_heads, programs),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=split.warps, num_stages=split.stages),
         cost_estimate=pl.CostEstimate(
             flops=4 * batch * heads * count * dim, transcendentals=batch * heads * count, bytes_accessed=moved
         ),
         interpret=triton.INTERPRET,
-        name="full_attention" if bounds is None else "recycled_attention",
-    )(*(() if bounds is None else (bounds,)), q.reshape(batch, kv_heads, groups, dim), keys, values, listed)
-    unscaled, peaks, totals = (part[:, :, :, :groups] for part in parts_out[:3])
-    unscaled = unscaled[..., :dim]
+        name="recycled_attention" if ages else "full_attention",
+    )(*ages, q.reshape(batch, kv_heads, groups, dim), keys, values, listed)
     logits = parts_out[3][:, :, :groups, :count] if keep_logits else None
-    peak = jnp.max(peaks, axis=2, keepdims=True)
-    weight = jnp.exp(peaks - peak)
-    total = jnp.sum(totals * weight, axis=2)
-    out = jnp.sum(unscaled * weight[..., None], axis=2) / total[..., None]
-    return out.astype(q.dtype).reshape(q.shape), peak[:, :, 0] + jnp.log(total), logits
+    out, normaliser = _together(parts_out[0], parts_out[1], parts_out[2], groups, dim, q.dtype)
+    return out.reshape(q.shape), normaliser, logits
 
 
-def _part(*refs: Any, share: int, programs: int, indexed: bool) -> None:
+def _together(outs: Array, peaks: Array, totals: Array, groups: int, dim: int, dtype: Any) -> tuple[Array, Array]:
+    """The output [B, K, G, H] of all parts, and the log of the sum of exponentials [B, K, G]."""
+    batch, kv_heads = outs.shape[:2]
+    # a power of two of lanes: what lies past the head dim is cut off
+    shapes = [
+        jax.ShapeDtypeStruct((batch, kv_heads, groups, _power(dim)), dtype),
+        jax.ShapeDtypeStruct((batch, kv_heads, groups), jnp.float32),
+    ]
+    out, normaliser = pl.pallas_call(
+        functools.partial(_put_together, dim=dim),
+        out_shape=shapes,
+        grid=(batch, kv_heads, groups),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=triton.INTERPRET,
+        name="attention_parts",
+    )(outs, peaks, totals)
+    return out[..., :dim], normaliser
+
+
+def _put_together(
+    outs_ref: Any, peaks_ref: Any, totals_ref: Any, out_ref: Any, normaliser_ref: Any, *, dim: int
+) -> None:
+    """One program: a query head."""
+    row, head, query = (pl.program_id(axis) for axis in range(3))
+    parts, lane = outs_ref.shape[2], jnp.arange(_power(dim))
+    part = jnp.arange(pl.next_power_of_2(parts))
+    is_part, near = part < parts, jnp.minimum(part, parts - 1)
+    near_lane = lane if lane.size == dim else jnp.minimum(lane, dim - 1)
+    peaks = plt.load(peaks_ref.at[row, head, near, query], mask=is_part, other=MASKED)
+    totals = plt.load(totals_ref.at[row, head, near, query], mask=is_part, other=0)
+    outs = plt.load(outs_ref.at[row, head, near[:, None], query, near_lane[None, :]], mask=is_part[:, None], other=0)
+    peak = jnp.max(peaks)
+    weights = jnp.exp(peaks - peak)
+    total = jnp.sum(totals * weights)
+    out = jnp.sum(outs * weights[:, None], axis=0) / total
+    plt.store(out_ref.at[row, head, query, lane], out.astype(out_ref.dtype))
+    plt.store(normaliser_ref.at[row, head, query], peak + jnp.log(total))
+
+
+def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, evict: bool) -> None:
     """One program: the softmax of its share of a head's slots, `share` blocks of what is listed and every `programs`-th
     of the range."""
-    bounds_ref, (q_ref, keys_ref, values_ref, listed_ref, out_ref, peak_ref, total_ref, *logits_ref) = (
-        (refs[0], refs[1:]) if indexed else (None, refs)
+    ages, (q_ref, keys_ref, values_ref, listed_ref, out_ref, peak_ref, total_ref, *logits_ref) = (
+        (refs[:2], refs[2:]) if indexed else ((), refs)
     )
     row, head, part = (pl.program_id(axis) for axis in range(3))
     groups, dim = q_ref.shape[2:]
     count, capacity = listed_ref.shape[-1], keys_ref.shape[2]
-    query, lane, lanes = jnp.arange(_power(groups)), jnp.arange(_power(dim)), jnp.arange(BLOCK)
+    kept, first, end = jnp.int32(count), jnp.int32(0), jnp.int32(0)
+    if ages:
+        first, end = plt.load(ages[0].at[row]), plt.load(ages[1].at[jnp.int32(0)])
+        if evict:  # once all ranked ones have left, the oldest new ones do
+            kept, first = count - (end - first), jnp.maximum(first, end - count)
+    query, lane, lanes = jnp.arange(_power(groups)), jnp.arange(_power(dim)), jnp.arange(block)
     # loads past the end are brought back inside and masked; stores past it go where nothing is read
-    near_query, near_lane = jnp.minimum(query, groups - 1), jnp.minimum(lane, dim - 1)
-    to_query, to_lane = jnp.minimum(query, groups), jnp.minimum(lane, dim)
-    is_query, is_lane = (query < groups)[:, None], (lane < dim)[None, :]
+    near_query, to_query = jnp.minimum(query, groups - 1), jnp.minimum(query, groups)
+    is_query = (query < groups)[:, None]
+    near_lane, to_lane, is_lane = lane, lane, jnp.ones((1, lane.size), jnp.bool_)
+    if lane.size != dim:  # else Triton would see no longer that lanes lie side by side, and load them one by one
+        near_lane, to_lane, is_lane = jnp.minimum(lane, dim - 1), jnp.minimum(lane, dim), (lane < dim)[None, :]
     q = plt.load(q_ref.at[row, head, near_query[:, None], near_lane[None, :]], mask=is_query & is_lane, other=0)
 
     def over(at: Array, seen: Array, carry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
@@ -208,11 +289,11 @@ def _part(*refs: Any, share: int, programs: int, indexed: bool) -> None:
         here = plt.dot(weights.astype(v.dtype), v, allow_tf32=False).astype(jnp.float32)
         return (new_peak, total * shrink + jnp.sum(weights, axis=1), out * shrink[:, None] + here), logits
 
-    def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        entry = (part * share + block) * BLOCK + lanes
+    def visit(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        entry = (part * share + number) * block + lanes
         near_entry = jnp.minimum(entry, count - 1)
-        if bounds_ref is not None:
-            counts = entry < jnp.minimum(count, plt.load(bounds_ref.at[row, jnp.int32(0)]))
+        if indexed:
+            counts = entry < jnp.minimum(count, kept)
             slot = plt.load(listed_ref.at[row, head, near_entry], mask=counts, other=-1)
             return over(jnp.clip(slot, 0, capacity - 1), slot >= 0, carry)[0]
         is_entry = entry < count
@@ -228,14 +309,13 @@ def _part(*refs: Any, share: int, programs: int, indexed: bool) -> None:
         jnp.zeros((query.size, lane.size), jnp.float32),
     )
     state = lax.fori_loop(0, share, visit, state)
-    if bounds_ref is not None:
-        first, end = plt.load(bounds_ref.at[row, jnp.int32(1)]), plt.load(bounds_ref.at[row, jnp.int32(2)])
+    if indexed:
 
         def visit_newest(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            at = first + (part + turn * programs) * BLOCK + lanes
+            at = first + (part + turn * programs) * block + lanes
             return over(jnp.minimum(at, capacity - 1), at < end, carry)[0]
 
-        blocks = (end - first + BLOCK - 1) // BLOCK
+        blocks = (end - first + block - 1) // block
         turns = jnp.maximum(blocks - part + programs - 1, 0) // programs
         state = lax.fori_loop(0, turns, visit_newest, state)
     peak, total, out = state

@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from recyc_jax import sharding
+from recyc_jax import projections, sharding
 from recyc_jax.attention.reference import (
     MASKED,
+    append,
     chunk_with_mass,
     pieces_with_weights,
     recycled,
@@ -34,6 +35,7 @@ from recyc_jax.attention.reference import (
 )
 
 __all__ = [
+    "append",
     "chunk",
     "chunk_with_mass",
     "compact",
@@ -41,6 +43,7 @@ __all__ = [
     "full_with_scores",
     "full_with_weights",
     "pieces_with_weights",
+    "projections",
     "recycled",
     "selected",
     "selected_with_weights",

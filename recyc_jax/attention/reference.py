@@ -16,7 +16,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax import projections as projections  # a part of every implementation
 from recyc_jax.attention import select
+from recyc_jax.cache import LayerCache
 
 SLOTS_LAST: bool = False
 COPIES: bool = False
@@ -152,18 +154,29 @@ def recycled(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     slots: Int[Array, "B K R"],
-    kept: Int[Array, " B"],
-    first: Int[Array, " B"],
+    since: Int[Array, " B"],
     length: Int[Array, ""],
+    evict: bool,
 ) -> Float[Array, "B N H"]:
-    """One query a row over the first `kept` of the slots listed for each key/value head (-1 lists nothing), and over slots
-    `first` to `length - 1`. Gathers over the whole cache: exact, not fast."""
+    """One query a row over the slots listed for each key/value head (-1 lists nothing), and over slots `since` to
+    `length - 1`. With `evict` only the R newest of all these: each new slot takes the place of the last that is listed,
+    once these have left of the oldest new one. Gathers over the whole cache: exact, not fast."""
     entries, capacity = slots.shape[2], keys.shape[2]
+    kept, first = jnp.full_like(since, entries), since
+    if evict:
+        kept, first = entries - (length - since), jnp.maximum(since, length - entries)
     listed = jnp.where(jnp.arange(entries) < kept[:, None, None], slots, -1)
     at = jnp.arange(capacity, dtype=jnp.int32)
     newest = jnp.where((at >= first[:, None]) & (at < length), at, -1)
     newest = jnp.broadcast_to(newest[:, None], (*slots.shape[:2], capacity))
     return selected(q, keys, values, jnp.concatenate([listed, newest], axis=2))
+
+
+def append(
+    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]
+) -> LayerCache:
+    """The cache with T tokens written from `slot` on."""
+    return cached.append(k, v, slot)
 
 
 def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:

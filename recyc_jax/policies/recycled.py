@@ -172,7 +172,7 @@ class RecycledAttention(Policy):
             nothing = jnp.zeros(step.keys.shape[:3], jnp.float32)
             return Attended(out, Unsettled(after, after.query, nothing, nobody), nobody)
 
-        return lax.cond(jnp.any(due), full, partial)
+        return full() if self.schedule.always else lax.cond(jnp.any(due), full, partial)
 
     def settle(self, states: tuple[Unsettled, ...], caches: Caches) -> tuple[RecycledState, ...]:
         """The refresh: the sets of the layers and rows that took a full step, chosen from its scores."""
@@ -191,6 +191,10 @@ class RecycledAttention(Policy):
         def as_they_are() -> tuple[RecycledState, ...]:
             return tuple(dataclasses.replace(state.partial, query=state.query) for state in states)
 
+        if self.ablation == "no_refresh":
+            return as_they_are()
+        if self.schedule.always:
+            return renewed()
         return lax.cond(jnp.any(jnp.stack([state.renew for state in states])), renewed, as_they_are)
 
     def _remembering(self, state: Unsettled) -> Float[Array, "B K S"]:

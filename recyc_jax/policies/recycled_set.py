@@ -125,12 +125,7 @@ class Listed:
 
     def attend(self, attention: Implementation, step: Step, newest: int) -> Array:
         """One query a row over the set, [B, N, H], however many tokens have come since the refresh."""
-        entries = self.slots.shape[2]
-        kept, first = jnp.full_like(self.since, entries), self.since
-        if self.evict:  # once all ranked ones have left, the oldest new ones do
-            kept = entries - (step.length - self.since)
-            first = jnp.maximum(first, step.length - entries)
-        return attention.recycled(step.q, step.keys, step.values, self.slots, kept, first, step.length)
+        return attention.recycled(step.q, step.keys, step.values, self.slots, self.since, step.length, self.evict)
 
 
 FEW = 128

@@ -22,6 +22,8 @@ class FixedStride:
 
     by_row: ClassVar[bool] = False
     """Whether rows of a batch may differ; such a schedule remembers a query from one full step to the next."""
+    always: ClassVar[bool] = True
+    """Whether every deciding step is a full one, so that nothing has to be asked when it comes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", whole_number("stride", self.stride, 1))
@@ -63,6 +65,7 @@ class QuerySimilarity:
     rope: bool = False
 
     by_row: ClassVar[bool] = True
+    always: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "check_every", whole_number("check_every", self.check_every, 1))

@@ -1,0 +1,118 @@
+"""Attention while prompts are read, on NVIDIA GPUs: a Pallas (Triton) kernel in the manner of FlashAttention-2
+(https://arxiv.org/abs/2307.08691), over a cache whose length is not known when it is compiled.
+
+A program takes a block of queries of one head and goes over the slots that they see, with a running softmax. Only blocks
+that hold the row's first token or the queries' own slots are masked.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from recyc_jax import sharding
+from recyc_jax.attention import triton
+
+QUERIES = 128
+"""Queries of a program."""
+SLOTS = 64
+"""Slots that it visits at a time."""
+MASKED = -1e30
+
+
+def chunk(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> Float[Array, "B C N H"]:
+    """As `reference.chunk`, but `offset` need be no multiple of C."""
+    inputs = ("B-K-", "BK--", "BK--", "B", "-")
+    return sharding.split_kernel(_chunk, q.shape[0], inputs, "B-K-")(q, keys, values, starts, jnp.reshape(offset, 1))
+
+
+def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> Array:
+    """`chunk` on one device's share."""
+    batch, width, heads, dim = q.shape
+    queries = min(QUERIES, max(16, pl.next_power_of_2(width)))
+    blocks = pl.cdiv(width, queries)
+    lanes = max(16, pl.next_power_of_2(dim))
+    # whole blocks and tiles: what is past the end is cut off
+    padded = jnp.pad(q, ((0, 0), (0, blocks * queries - width), (0, 0), (0, lanes - dim)))
+    out = pl.pallas_call(
+        functools.partial(_attend, dim=dim, queries=queries),
+        out_shape=jax.ShapeDtypeStruct(padded.shape, q.dtype),
+        grid=(blocks, heads, batch),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+        interpret=triton.INTERPRET,
+        name="chunk_attention",
+    )(padded, keys, values, starts, offset)
+    return out[:, :width, :, :dim]
+
+
+def _attend(
+    q_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    starts_ref: Any,
+    offset_ref: Any,
+    out_ref: Any,
+    *,
+    dim: int,
+    queries: int,
+) -> None:
+    """One program."""
+    number, head, row = (pl.program_id(axis) for axis in range(3))
+    kv_head = head // (q_ref.shape[2] // keys_ref.shape[1])
+    capacity = keys_ref.shape[2]
+    query, lane, lanes = number * queries + jnp.arange(queries), jnp.arange(q_ref.shape[3]), jnp.arange(SLOTS)
+    start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
+    own = offset + query  # the queries' slots
+    near_lane = lane if lane.size == dim else jnp.minimum(lane, dim - 1)
+    q = plt.load(q_ref.at[row, query[:, None], head, lane[None, :]])
+    scale = dim**-0.5 * math.log2(math.e)
+
+    def load(ref: Any, slot: Array, masked: bool) -> Array:
+        if not masked and lane.size == dim:
+            return plt.load(ref.at[row, kv_head, slot[:, None], lane[None, :]])
+        at = jnp.minimum(slot, capacity - 1)[:, None]
+        inside = jnp.broadcast_to((lane < dim)[None, :] & (slot < capacity)[:, None], (lanes.size, lane.size))
+        return plt.load(ref.at[row, kv_head, at, near_lane[None, :]], mask=inside, other=0)
+
+    def visit(block: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
+        peak, total, out = carry
+        slot = block * SLOTS + lanes
+        logits = plt.dot(q, load(keys_ref, slot, masked).T, allow_tf32=False).astype(jnp.float32) * scale
+        if masked:
+            logits = jnp.where((slot[None, :] <= own[:, None]) & (slot >= start)[None, :], logits, MASKED)
+        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+        shrink = jnp.exp2(peak - new_peak)
+        weights = jnp.exp2(logits - new_peak[:, None])
+        v = load(values_ref, slot, masked)
+        here = plt.dot(weights.astype(v.dtype), v, allow_tf32=False).astype(jnp.float32)
+        return new_peak, total * shrink + jnp.sum(weights, axis=1), out * shrink[:, None] + here
+
+    carry = (
+        jnp.full(queries, MASKED, jnp.float32),
+        jnp.zeros(queries, jnp.float32),
+        jnp.zeros((queries, lane.size), jnp.float32),
+    )
+    first = start // SLOTS
+    whole = jnp.maximum((offset + number * queries) // SLOTS, first)  # the first block that not all of the queries see
+    end = (offset + (number + 1) * queries + SLOTS - 1) // SLOTS
+    seen_by_all = jnp.minimum(first + 1, whole)
+    carry = lax.fori_loop(first, seen_by_all, functools.partial(visit, masked=True), carry)
+    carry = lax.fori_loop(seen_by_all, whole, functools.partial(visit, masked=False), carry)
+    _, total, out = lax.fori_loop(whole, end, functools.partial(visit, masked=True), carry)
+    # queries of padding see nothing: finite, and of no meaning
+    out = out / jnp.where(total > 0, total, 1)[:, None]
+    plt.store(out_ref.at[row, query[:, None], head, lane[None, :]], out.astype(out_ref.dtype))

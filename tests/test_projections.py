@@ -1,0 +1,87 @@
+"""A layer's matrix products: the GPU's kernels, interpreted, against the plain ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recyc_jax import projections, projections_gpu, rope, sharding
+from recyc_jax.attention import triton
+from recyc_jax.projections import Linear, Norm, ToHeads
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+
+
+def close(got, want):
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    tolerance = 1e-4 if want.dtype == jnp.float32 else 0.04
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(want, np.float32), atol=tolerance, rtol=tolerance
+    )
+
+
+@given(
+    rows=st.sampled_from((1, 2, 5, 16, 17)),
+    width=st.sampled_from((16, 100, 576)),
+    heads=st.sampled_from(((4, 2, 16), (9, 3, 64), (3, 1, 80), (2, 2, 6))),
+    dtype=st.sampled_from((jnp.float32, jnp.bfloat16)),
+    bias=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_kernels_agree(rows, width, heads, dtype, bias, seed):
+    """Whatever the sizes; more rows than the kernels take go the plain way."""
+    rng = np.random.default_rng(seed)
+    count, kv_count, dim = heads
+
+    def made(*shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[0] if len(shape) > 1 else 1), dtype)
+
+    def linear(features):
+        return Linear(made(width, features), made(features) if bias else None)
+
+    x, norm = jnp.asarray(rng.normal(size=(rows, 1, width)), dtype), Norm(made(width), 1e-5)
+    theta = jnp.asarray(rng.normal(size=(rows, 1, dim // 2)), jnp.float32)
+    to_heads = ToHeads(linear(count * dim), linear(kv_count * dim), linear(kv_count * dim))
+    arguments = (x, norm, to_heads, jnp.cos(theta), jnp.sin(theta), dim)
+    for got, want in zip(projections_gpu.heads(*arguments), projections.heads(*arguments), strict=True):
+        close(got, want)
+    gate, up = linear(70), linear(70)
+    close(projections_gpu.gated(x, norm, gate, up), projections.gated(x, norm, gate, up))
+    residual = jnp.asarray(rng.normal(size=(rows, 1, 70)), dtype)
+    close(projections_gpu.added(x, gate, residual), projections.added(x, gate, residual))
+
+
+def test_heads_are_rotated_projections():
+    """The plain form against its parts."""
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 3, 8)), [rng.normal(size=(8, 8)) for _ in range(3)]
+    theta = rng.normal(size=(2, 3, 2))
+    linears = ToHeads(*(Linear(jnp.asarray(one, jnp.float32)) for one in weights))
+    scale = rng.normal(size=8)
+    cos, sin = (jnp.asarray(one, jnp.float32) for one in (np.cos(theta), np.sin(theta)))
+    got = projections.heads(
+        jnp.asarray(x, jnp.float32), Norm(jnp.asarray(scale, jnp.float32), 1e-5), linears, cos, sin, 4
+    )
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
+    plain = [(normed @ one).reshape(2, 3, 2, 4) for one in weights]
+    np.testing.assert_allclose(got.plain_q, plain[0], atol=1e-5)
+    np.testing.assert_allclose(got.v, plain[2], atol=1e-5)
+    for rotated, one in ((got.q, plain[0]), (got.k, plain[1])):
+        np.testing.assert_allclose(rotated, rope.rotate(jnp.asarray(one, jnp.float32), cos, sin), atol=1e-5)
+
+
+def test_over_a_mesh_they_are_plain():
+    """XLA has to see what it splits."""
+    x, norm = jnp.ones((1, 1, 16)), Norm(jnp.ones(16), 1e-5)
+    linear = Linear(jnp.ones((16, 16)))
+    with jax.set_mesh(sharding.mesh(1, 1, 1, jax.devices()[:1])):
+        jaxpr = str(jax.make_jaxpr(lambda x: projections_gpu.gated(x, norm, linear, linear))(x))
+    assert "pallas_call" not in jaxpr
+    assert "pallas_call" in str(jax.make_jaxpr(lambda x: projections_gpu.gated(x, norm, linear, linear))(x))
