@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
-from recyc_jax import projections
+from recyc_jax import projections, sharding
 from recyc_jax.attention import triton
 from recyc_jax.projections import Heads, Linear, Norm, ToHeads
 
@@ -60,7 +60,7 @@ def _columns(tile: _Tile, width: int) -> int:
 
 
 def _runs(x: Array) -> bool:
-    return math.prod(x.shape[:-1]) <= MOST_ROWS and jax.sharding.get_abstract_mesh().empty
+    return math.prod(x.shape[:-1]) <= MOST_ROWS and sharding.unsplit()
 
 
 def heads(

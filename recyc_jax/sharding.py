@@ -87,20 +87,25 @@ def by_letters(batch: int, on: Any) -> Callable[[str], PartitionSpec]:
 
 def spread(array: Any, letters: str, batch: int) -> Any:
     """The array as `by_letters` has it on the mesh that is set (`jax.set_mesh`); itself where none is."""
-    on = jax.sharding.get_abstract_mesh()
-    if on.empty:
+    if unsplit():
         return array
+    on = jax.sharding.get_abstract_mesh()
     if isinstance(array, Tracer):
         return jax.lax.with_sharding_constraint(array, by_letters(batch, on)(letters))
     return jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), by_letters(batch, on)(letters)))
 
 
+def unsplit() -> bool:
+    """No mesh is set: arrays lie on one device."""
+    return jax.sharding.get_abstract_mesh().empty
+
+
 def split_kernel(function: Callable[..., Any], batch: int, inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
     """The function on each device's share of heads and rows, where a mesh is set (`jax.set_mesh`): XLA cannot split a
     kernel. `inputs` and `outputs` give the letters of each argument and result, as `by_letters` has them."""
-    on = jax.sharding.get_abstract_mesh()
-    if on.empty:
+    if unsplit():
         return function
+    on = jax.sharding.get_abstract_mesh()
     letters = by_letters(batch, on)
     out_specs = jax.tree.map(letters, outputs)
     return jax.shard_map(function, in_specs=tuple(map(letters, inputs)), out_specs=out_specs, check_vma=False)

@@ -8,7 +8,7 @@ import pytest
 from checkpoints import write_folder
 
 import recyc_jax as rj
-from eval import roofline, speed
+from eval import roofline, speed, waterfall
 from recyc_jax.shapes import SHAPES
 
 SET = rj.RecycledAttention(4096, rj.FixedStride(10))
@@ -101,15 +101,39 @@ def test_bad_input(call_module, flags, message):
 def test_measuring_a_small_model(call_module, tmp_path):
     write_folder(tmp_path / "model")
     ran = call_module(
-        *("eval.speed", "--model", str(tmp_path / "model"), "--lengths", "128", "--repeats", "2"),
+        *("eval.speed", "--model", str(tmp_path / "model"), "--lengths", "128", "--repeats", "2", "--prefill"),
         *("--policies", "recycled:budget=16,stride=4", "streaming_llm:budget=16", "--out", str(tmp_path / "out")),
     )
     assert ran.returncode == 0, ran.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "speed.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in rows] == ["full", "recycled:budget=16,stride=4", "streaming_llm:budget=16"]
-    assert all(row["mean_ms"] is not None and row["floor_ms"] > 0 for row in rows)
+    assert all(row["mean_ms"] is not None and row["floor_ms"] > 0 and row["prefill_ms"] > 0 for row in rows)
     assert [row[name] is None for row in rows for name in ("full_ms", "partial_ms")] == [0, 1, 0, 0, 1, 0]
     assert (tmp_path / "out" / "speed.png").stat().st_size > 10_000
+
+
+def test_a_waterfall_needs_a_gpu(call_module):
+    ran = call_module("eval.waterfall")
+    assert ran.returncode == 2
+    assert ran.stderr.strip() == "error: eval.waterfall reads a GPU's profile; JAX runs on cpu"
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_read_what_a_step_must_read(name):
+    """Taken together, but for norms: `eval.waterfall` and `eval.speed` count the same bytes."""
+    shape, policy = SHAPES[name], rj.SnapKV(4096)
+
+    def read(*kernels):
+        return sum(waterfall._bytes(kernel, shape, policy, 3, 8192, 2) for kernel in kernels)
+
+    layer = read(
+        "heads_projections__2", "added_projection", "gated_projections", "added_projection__1", "recycled_attention"
+    )
+    found = shape.num_hidden_layers * layer + read("gemm_fusion_dot_6")
+    norms = 2 * shape.hidden_size * (2 * shape.num_hidden_layers + 1)
+    assert found + norms == roofline.estimate(shape, policy, 3, 8192).partial.bytes
+    assert read("full_attention") == 2 * read("recycled_attention")
+    assert waterfall._bytes("norm", shape, policy, 3, 8192, 2) is None
 
 
 def test_the_peer(call_module, tmp_path):

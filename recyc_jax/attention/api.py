@@ -68,6 +68,7 @@ IMPLEMENTATIONS = {
 """The modules; kernels are imported when they are first asked for."""
 
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # by the platform that JAX runs on
+_CHOSEN = {"tpu": "pallas_tpu"}  # by None; the GPU's kernels have been timed, their tests have not run on a GPU
 
 
 @functools.cache
@@ -76,16 +77,17 @@ def _say_once(line: str) -> None:
 
 
 def resolve(name: str | None) -> Implementation:
-    """The implementation of that name. `"pallas"` takes the kernels of the platform that JAX runs on or raises; None takes
-    them where there are any, and where this JAX has what they are written in, else the plain one (`"reference"`).
+    """The implementation of that name. `"pallas"` takes the kernels of the platform that JAX runs on or raises. None takes
+    what is settled on for the platform: a TPU's kernels, where this JAX has what they are written in, elsewhere the plain
+    functions (`"reference"`).
 
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        name = _KERNELS.get(jax.default_backend(), "reference")
+        name = _CHOSEN.get(jax.default_backend(), "reference")
         try:
             return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
-        except ImportError as error:  # JAX has announced that Pallas' Triton backend will go
+        except ImportError as error:
             _say_once(f"this JAX lacks what {name} is written in ({error}): attention is plain")
             name = "reference"
     if name == "pallas":

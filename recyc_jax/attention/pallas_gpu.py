@@ -99,7 +99,8 @@ def full_with_scores(
     """As `reference.full_with_scores`; the pass that makes the output leaves the logits too, 4 bytes a slot and head."""
     out, normaliser, logits = _attend(q, keys, values, visible.astype(jnp.int8), keep_logits=True)
     assert logits is not None
-    return out, jnp.max(logits - normaliser[..., None], axis=2)
+    # else XLA may take this into the pooling that follows, and do it for every slot of a window
+    return out, lax.optimization_barrier(jnp.max(logits - normaliser[..., None], axis=2))
 
 
 def selected(
@@ -130,7 +131,7 @@ def append(
     cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]
 ) -> LayerCache:
     """As `LayerCache.append`; one token's keys and values in one kernel."""
-    if k.shape[1] != 1 or not jax.sharding.get_abstract_mesh().empty:
+    if k.shape[1] != 1 or not sharding.unsplit():
         return cached.append(k, v, slot)
     (batch, _, heads, _), (keys, values) = k.shape, (cached.keys, cached.values)
     after = pl.pallas_call(

@@ -1,0 +1,141 @@
+"""Decoding compiled for an H100 without one: Triton and XLA run for real, nothing is executed.
+
+No copy of a cache in any step, and no more kernels a layer than were counted when they were measured: a kernel costs some
+two microseconds, whatever it does (docs/results/speed.md).
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import recyc_jax as rj
+from recyc_jax import sharding
+from recyc_jax.shapes import SHAPES
+
+pytestmark = pytest.mark.cuda_aot
+decode, prefill = map(importlib.import_module, ("recyc_jax.decode", "recyc_jax.prefill"))
+
+# XLA's description of an H100 SXM: the limits that code is made for
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+STEPS = 41
+RECYCLED = rj.RecycledAttention(4096, rj.FixedStride(10))
+KERNELS = {"partial": 9, "full": 9}
+"""A layer's: two norms, the projections to heads, the append, attention and its parts, three products."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def h100():
+    """An H100 to compile for. The mesh that names it is no mesh to split arrays over."""
+    try:
+        importlib.metadata.version("jax-cuda12-pjrt")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail(
+            "-m cuda_aot compiles for CUDA and needs jax-cuda12-plugin and jax-cuda12-pjrt; .ci/run has the commands"
+        )
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100, topology="1x1x1")
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("one",))
+    with pytest.MonkeyPatch.context() as patch, jax.set_mesh(mesh):
+        patch.setattr(sharding, "unsplit", lambda: True)
+        yield mesh
+
+
+def shapes(name, layers, batch, length, policy):
+    config = dataclasses.replace(SHAPES[name], num_hidden_layers=layers)
+    params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
+    tokens = jax.ShapeDtypeStruct((batch, length - STEPS), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def read(params, tokens, lengths):
+        return prefill._prefill.__wrapped__(params, tokens, lengths, config, STEPS, policy.observes, "pallas_gpu")
+
+    return config, params, (tokens, lengths), read, jax.eval_shape(read, params, tokens, lengths)
+
+
+@functools.cache
+def compiled(name, layers, batch, length, policy, mesh):
+    config, params, _, _, state = shapes(name, layers, batch, length, policy)
+
+    def run(params, state):
+        return decode._decode.__wrapped__(params, state, None, config, policy, STEPS, rj.Greedy(), (), 0, "pallas_gpu")
+
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    options = {"in_shardings": here, "out_shardings": here, "donate_argnums": 1}
+    return jax.jit(run, **options).lower(params, state).compile(), state
+
+
+def in_loop(text, kind):
+    """Kernels in the body of the loop that takes steps of this kind."""
+    # other computations are what fusions consist of
+    for body in re.split(r"\n(?=%|ENTRY)", text):
+        full, partial = "/full_attention/" in body, "/recycled_attention/" in body
+        if (full, partial) == ((True, False) if kind == "full" else (False, True)) and "added_projection" in body:
+            return len(re.findall(r"\s(?:fusion|custom-call|copy|dynamic-update-slice)\(", body))
+    raise AssertionError(f"no loop of {kind} steps")
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_kernels_of_a_layer(h100, kind):
+    policy = RECYCLED if kind == "partial" else rj.FullAttention()
+    two, three = (
+        in_loop(compiled("llama-3.1-8b", layers, 1, 131072, policy, h100)[0].as_text(), kind) for layers in (2, 3)
+    )
+    assert three - two == KERNELS[kind]
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "length", "policy"),
+    [
+        ("llama-3.1-8b", 1, 131072, RECYCLED),
+        ("llama-3.1-8b", 8, 32768, RECYCLED),
+        ("llama-3.1-8b", 1, 32768, rj.RecycledAttention(4096, rj.QuerySimilarity(10, 0.8))),
+        ("llama-3.1-8b", 1, 32768, rj.SnapKV(4096, window=32)),
+        ("llama-3.1-8b", 1, 32768, rj.StreamingLLM(4096, full_stride=10)),
+        ("smollm2-135m", 1, 8192, rj.RecycledAttention(512, rj.FixedStride(50))),
+    ],
+)
+def test_no_step_copies_a_cache(h100, name, batch, length, policy):
+    program, state = compiled(name, 2, batch, length, policy, h100)
+    cache = state.cache.layers[0].stored_keys
+    shape = ",".join(map(str, cache.shape))
+    assert not re.findall(rf"\[{shape}\]\S* copy\(", program.as_text())
+    # what refreshing needs of two layers: logits of every query head, scores, and what is chosen of them
+    logits = batch * 4 * SHAPES[name].num_attention_heads * cache.shape[2]
+    assert program.memory_analysis().temp_size_in_bytes < 4 * logits + 2**26
+
+
+def test_prefill_needs_no_square(h100):
+    """Of 128K tokens at Llama-3.1-8B's shape: what is needed beside the cache does not grow with the prompt."""
+    here = jax.sharding.NamedSharding(h100, jax.sharding.PartitionSpec())
+
+    def temporary(length):
+        _, params, prompts, read, _ = shapes("llama-3.1-8b", 2, 1, length, rj.FullAttention())
+        lowered = jax.jit(read, in_shardings=here, out_shardings=here).lower(params, *prompts)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(131072) < 1.1 * temporary(32768)
+
+
+def test_nothing_was_run():
+    assert os.environ.get("JAX_PLATFORMS") == "cpu"
