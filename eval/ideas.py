@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -24,8 +24,6 @@ from recyc_jax.policies.schedules import FixedStride
 @dataclasses.dataclass(frozen=True)
 class EarlyStride(FixedStride):
     """Full steps at 1, 2, 4 and 8, then at every `stride`-th."""
-
-    always: ClassVar[bool] = False
 
     @property
     def period(self) -> int:

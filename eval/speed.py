@@ -2,7 +2,8 @@
 
 Measured on the device at hand, with the bytes that a step must read and the least time that takes at the bandwidth of a
 copy on the same device; or, with `--estimate`, reckoned for a device that need not be there. Weights are random and the
-cache is filled with random keys and values: neither changes what a step reads.
+cache is filled with random keys and values: neither changes what a step reads. (A GPU's choosing takes longer where
+many scores are alike: `attention/select_gpu.py`.)
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from recyc_jax.policies.base import Policy
 
 STEPS = 40
-"""Decode steps of a timed run, or as many more as make whole periods."""
+"""Decode steps that are timed, or as many more as make whole periods."""
 GAIN = 1.1
 """Recycling pays, for the warnings, where full attention's step takes this many times the mean step."""
 
@@ -391,13 +392,14 @@ def _mean_ms(
 ) -> tuple[float, float, int | None]:
     """(ms a step, seconds to compile, peak bytes where the device tells them) through the public `decode`.
 
-    A run of whole periods, less one that ends before its first step.
+    Two runs that differ by whole periods only: what a run takes before its first step cancels out.
     """
     import jax
 
     import recyc_jax as rj
 
-    short, long = 1, 1 + -(-STEPS // policy.period) * policy.period
+    short = 1 + policy.period
+    long = short + -(-STEPS // policy.period) * policy.period
     state = filled(config, model, params, policy, length, long, implementation)
     took, compile_s = {}, 0.0
     for steps in (short, long):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from recyc_jax.policies.base import Policy
 
 STEPS = 10
+HEAD = "head"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,12 @@ def _measure(config: Config, shape: LlamaConfig, implementation: str | None) -> 
             for name in ("kernel", "a period", "us each", "us a period", "MB each", "% of floor"):
                 table.add_column(name, justify="left" if name == "kernel" else "right")
             for found in kernels(config, shape, params, policy, implementation):
-                size = _bytes(found["kernel"], shape, policy, config.batch, config.length, dtype.itemsize)
+                # XLA's products have one name; with our kernels the head's is the only one, once a step
+                once = found["a_period"] == (policy.period if policy.decides else 1)
+                is_head = found["kernel"].startswith("gemm_fusion_dot") and once
+                size = _bytes(
+                    HEAD if is_head else found["kernel"], shape, policy, config.batch, config.length, dtype.itemsize
+                )
                 share = None if size is None else round(100 * size / bandwidth / 1e3 / found["us"], 1)
                 row = found | {"bytes": size, "percent_of_floor": share, "policy": text, "bandwidth_gb_s": bandwidth}
                 row |= {"model": config.model, "batch": config.batch, "length": config.length, "device": kind}
@@ -150,17 +156,17 @@ def kernels(
 def _bytes(kernel: str, shape: LlamaConfig, policy: Policy, batch: int, length: int, size: int) -> int | None:
     """What one of our kernels, or the head's product, must read; None for others, which read little."""
     heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-    name, _, which = kernel.partition("__")
+    name = re.sub(r"_+\d+$", "", kernel) if not kernel.startswith("added_projection") else "added_projection"
+    into = re.match(r"added_projection_(\d+)", kernel)
     budget = min(getattr(policy, "budget", length), length)
     known = {
         "heads_projections": shape.hidden_size * dim * (heads + 2 * kv_heads),
         "gated_projections": 2 * shape.hidden_size * shape.intermediate_size,
-        # in a layer the output of attention comes first, that of the feed-forward layer second
-        "added_projection": shape.hidden_size * (shape.intermediate_size if which else heads * dim),
+        "added_projection": shape.hidden_size * (int(into[1]) if into else 0),
         "full_attention": 2 * batch * kv_heads * dim * length,
         "recycled_attention": 2 * batch * kv_heads * dim * budget,
     }
-    if re.match(r"gemm_fusion_dot", kernel):
+    if name == HEAD:
         return shape.vocab_size * shape.hidden_size * size
     return known[name] * size if name in known else None
 

@@ -1,7 +1,7 @@
 """The decode loop, where model, cache and policy meet, and what is run through it.
 
 `generate` is `prefill` + `decode`. The loop goes period by period: a `lax.scan` of plain (partial) steps, then one deciding
-step, full or partial by a `lax.cond` of the policy, or full without asking where the stride is fixed. The carry holds the
+step, full or partial by a `lax.cond` of the policy, or full without asking where the policy knows. The carry holds the
 KV cache and the policy's state (for recycled attention: the recycled top-K slots of every layer).
 """
 

@@ -1,4 +1,4 @@
-"""`projections` on NVIDIA GPUs for a few rows: one Pallas (Triton) kernel each, that reads every weight once.
+"""`projections` on NVIDIA GPUs for a few rows: a Pallas (Triton) kernel that reads every weight once, after one for a norm.
 
 A program makes a few columns of the output from all of x, so nothing is put together afterwards; the next weights are on
 their way while the last ones are multiplied. For more rows than `MOST_ROWS`, and over a mesh, whose axes XLA has to see, it
@@ -44,6 +44,8 @@ ADDED = _Tile(32, 256)
 PROGRAMS = 96
 """Where a matrix is so narrow that fewer programs than this would share it, each takes fewer columns."""
 LEAST_COLUMNS = 16
+LEAST_TOGETHER = 8
+"""Columns of a matrix that have to lie side by side, or reading them takes too long: 16 bytes of bfloat16."""
 
 
 def _spare() -> int:
@@ -78,6 +80,8 @@ def heads(
     rows = math.prod(x.shape[:-1])
     counts = [linear.kernel.shape[1] // dim for linear in linears]
     columns = math.gcd(_columns(HEADS, sum(counts) * half), half)
+    if columns < LEAST_TOGETHER:
+        return projections.heads(x, norm, linears, cos, sin, dim)
     arrays = [cos.reshape(rows, half), sin.reshape(rows, half)]
     shapes = [(rows + _spare(), count, dim) for count in (*counts, counts[0])]
     programs = sum(counts) * half // columns
@@ -100,7 +104,10 @@ def added(x: Float[Array, "... F"], linear: Linear, residual: Float[Array, "... 
     if not _runs(x):
         return projections.added(x, linear, residual)
     kernel = functools.partial(_added, columns=_columns(ADDED, linear.kernel.shape[1]))
-    return _flat_call("added_projection", kernel, x, [residual.reshape(-1, residual.shape[-1])], [linear], ADDED)
+    # named by what goes in: a profile tells a layer's two such products apart
+    return _flat_call(
+        f"added_projection_{x.shape[-1]}", kernel, x, [residual.reshape(-1, residual.shape[-1])], [linear], ADDED
+    )
 
 
 def _flat_call(

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from recyc_jax.attention import api, select, select_gpu, triton
+from recyc_jax.attention import api, prefill_gpu, select, select_gpu, triton
 
 B, K, G, S, H = 2, 2, 3, 40, 8
 SLOTS = jnp.arange(S)
@@ -238,7 +238,9 @@ def test_top_slots(budget, levels, hidden, seed):
     seen=st.sampled_from((0.0, 0.02, 0.5, 1.0)),
     seed=st.integers(0, 10**6),
 )
-@settings(max_examples=10, deadline=None, derandomize=True)
+@example(shape=(1, 1, 1, 20_000), budget=100, ordered=3, levels=10**6, seen=1.0, seed=0)  # more than a program holds
+@example(shape=(2, 1, 1, 5000), budget=130, ordered=9, levels=3, seen=1.0, seed=1)  # too many candidates
+@settings(max_examples=8, deadline=None, derandomize=True)
 def test_top_slots_by_radix_search(shape, budget, ordered, levels, seen, seed):
     """The kernels choose what a sort does; the entries that leave first are in its order, and each part ends in its -1s."""
     rng = np.random.default_rng(seed)
@@ -255,3 +257,42 @@ def test_top_slots_by_radix_search(shape, budget, ordered, levels, seen, seed):
     np.testing.assert_array_equal(got[..., sure:], want[..., sure:])
     np.testing.assert_array_equal(np.sort(got[..., :sure]), np.sort(want[..., :sure]))
     assert (np.diff((got[..., :sure] < 0).astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("gain", [10, -10])
+def test_a_sample_that_misleads(gain, monkeypatch):
+    """Every second slot scores higher, or lower: fewer than are wanted reach the bound, or far more."""
+    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+    scores = np.random.default_rng(0).normal(size=(1, 1, 1, 5000)).astype(np.float32)
+    scores[..., ::2] += gain
+    got = np.asarray(select_gpu.top_slots(jnp.asarray(scores), 130, 5))
+    want = np.asarray(select.top_slots(jnp.asarray(scores), 130))
+    np.testing.assert_array_equal(got[..., -5:], want[..., -5:])
+    np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.parametrize(("width", "offset", "dim"), [(8, 16, 8), (37, 0, 80), (130, 200, 16)])
+def test_chunk_kernel(width, offset, dim, monkeypatch):
+    """Prefill's kernel for GPUs in float32, whatever `pallas_gpu` gives it: rows that begin within a block, odd sizes."""
+    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+    rng = np.random.default_rng(1)
+    q, keys, values = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, width, 6, dim), (2, 2, 400, dim), (2, 2, 400, dim))
+    )
+    starts = jnp.asarray([max(0, offset - 70), offset + 3], jnp.int32)
+    got = np.asarray(prefill_gpu.chunk(q, keys, values, starts, jnp.int32(offset)))
+    slots = np.arange(400)
+    for row in range(2):
+        for query in range(width):
+            seen = (slots <= offset + query) & (slots >= int(starts[row]))
+            if not seen.any():
+                continue
+            for head in range(6):
+                logits = np.asarray(keys[row, head // 3], np.float64)[seen] @ np.asarray(
+                    q[row, query, head], np.float64
+                )
+                weights = np.exp((logits - logits.max()) * dim**-0.5)
+                want = weights / weights.sum() @ np.asarray(values[row, head // 3], np.float64)[seen]
+                np.testing.assert_allclose(got[row, query, head], want, atol=1e-5)
+    assert np.isfinite(got).all()

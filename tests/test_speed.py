@@ -126,14 +126,14 @@ def test_kernels_read_what_a_step_must_read(name):
     def read(*kernels):
         return sum(waterfall._bytes(kernel, shape, policy, 3, 8192, 2) for kernel in kernels)
 
-    layer = read(
-        "heads_projections__2", "added_projection", "gated_projections", "added_projection__1", "recycled_attention"
-    )
-    found = shape.num_hidden_layers * layer + read("gemm_fusion_dot_6")
+    sizes = (shape.num_attention_heads * shape.head_dim, f"{shape.intermediate_size}__1")
+    products = ("heads_projections__2", "gated_projections", *(f"added_projection_{size}" for size in sizes))
+    layer = read(*products, "recycled_attention")
+    found = shape.num_hidden_layers * layer + read("head")
     norms = 2 * shape.hidden_size * (2 * shape.num_hidden_layers + 1)
     assert found + norms == roofline.estimate(shape, policy, 3, 8192).partial.bytes
     assert read("full_attention") == 2 * read("recycled_attention")
-    assert waterfall._bytes("norm", shape, policy, 3, 8192, 2) is None
+    assert all(waterfall._bytes(other, shape, policy, 3, 8192, 2) is None for other in ("norm", "gemm_fusion_dot_6"))
 
 
 def test_the_peer(call_module, tmp_path):

@@ -2,11 +2,12 @@
 
 One query a row is too little work to fill a GPU unless the slots are split among many programs (split-K, as in
 flash-decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html); each leaves a running softmax, and one more kernel
-puts these together. Rows of 256 bytes are read by index as fast as in order, so nothing is copied at a refresh
-(`COPIES` is False), and who has left a set is told by bounds (`INDEXES`), so partial steps keep no books.
+puts these together. Rows are read by index where they stand, so nothing is copied at a refresh (`COPIES` is False), and
+who has left a set is told by bounds (`INDEXES`), so partial steps keep no books.
 
 The kernels don't run on a CPU unless `triton.INTERPRET` is set. Whatever the head dim, group size and capacity, tiles are
-powers of two, and what lies outside is masked. What was measured is in docs/results/speed.md.
+powers of two, and what lies outside is masked. A program takes up to 140 KB of shared memory, as an A100 or H100 has;
+GPUs with 99 KB do not run them at a head dim of 128. What was measured is in docs/results/speed.md.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax import projections_gpu as projections
 from recyc_jax import sharding
-from recyc_jax.attention import triton
-from recyc_jax.attention.prefill_gpu import chunk
+from recyc_jax.attention import prefill_gpu, reference, triton
 from recyc_jax.attention.reference import (
     MASKED,
     chunk_with_mass,
@@ -72,6 +72,8 @@ class _Split(NamedTuple):
 
 
 FULL = _Split(128, 264)
+IN_FLIGHT = 2**17
+"""Bytes of keys and values that a program has on their way at most: A100 and H100 have room for a little more."""
 RECYCLED = _Split(32, 512, warps=2, stages=4)
 
 
@@ -156,6 +158,19 @@ def _append(slot_ref: Any, k_ref: Any, v_ref: Any, keys_ref: Any, values_ref: An
         plt.store(after_ref.at[row, head, slot, to], plt.load(new_ref.at[row, head, to]))
 
 
+def chunk(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> Float[Array, "B C N H"]:
+    """As `reference.chunk`, and that itself for float32 and for head dims above 128: tensor cores multiply no float32, and
+    larger tiles don't fit in registers."""
+    narrow = q.dtype.itemsize == 2 and q.shape[-1] <= 128
+    return (prefill_gpu.chunk if narrow else reference.chunk)(q, keys, values, starts, offset)
+
+
 def _attend(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
@@ -183,6 +198,9 @@ def _attend_here(
     groups = heads // kv_heads
     count = listed.shape[-1]
     split = RECYCLED if ages else FULL
+    row = _power(dim) * (keys.dtype.itemsize + values.dtype.itemsize)
+    while split.block > LEAST and row * split.block * (split.stages - 1) > IN_FLIGHT:
+        split = split._replace(block=split.block // 2)
     blocks = pl.cdiv(count, split.block)
     programs = min(blocks, max(1, split.programs // (batch * kv_heads)))
     share = pl.cdiv(blocks, programs)

@@ -22,11 +22,15 @@ class FixedStride:
 
     by_row: ClassVar[bool] = False
     """Whether rows of a batch may differ; such a schedule remembers a query from one full step to the next."""
-    always: ClassVar[bool] = True
-    """Whether every deciding step is a full one, so that nothing has to be asked when it comes."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", whole_number("stride", self.stride, 1))
+
+    @property
+    def always(self) -> bool:
+        """Whether every deciding step is a full one, so that nothing has to be asked when it comes; not so where a schedule
+        made of this one has a `due` of its own."""
+        return type(self) is FixedStride
 
     @property
     def period(self) -> int:
