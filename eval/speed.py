@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from eval import command
+from eval import command, measuring
 from eval.backend import Backend
 
 if TYPE_CHECKING:
@@ -204,10 +203,12 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
     from recyc_jax.policies.registry import parse_policy
 
     dtype = jnp.dtype(command.dtype_name(config.dtype))
-    bandwidth = copy_bandwidth()
+    bandwidth = measuring.copy_bandwidth()
     kind = jax.devices()[0].device_kind
     print(f"{kind}: a copy moves {bandwidth:.1f} GB/s", flush=True)
-    params = random_like(jax.eval_shape(lambda: rj.init_params(model, jax.random.key(0), dtype)), config.seed, 0.02)
+    params = measuring.random_like(
+        jax.eval_shape(lambda: rj.init_params(model, jax.random.key(0), dtype)), config.seed, 0.02
+    )
     table = Table(title=f"ms a step, {config.model}, batch {config.batch}, {dtype}, {kind}")
     for name in ("length", "policy", "full", "partial", "mean", "floor", "% of floor", "tokens/s", "x full"):
         table.add_column(name, justify="left" if name == "policy" else "right")
@@ -281,24 +282,6 @@ def _plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
 def _full_first(policies: tuple[str, ...]) -> list[str]:
     """Full attention is measured in any case, before what is compared with it."""
     return ["full", *(text for text in policies if text != "full")]
-
-
-def copy_bandwidth() -> float:
-    """GB/s that copies of a large array read and write."""
-    import jax
-    import jax.numpy as jnp
-
-    size, copies = (2**30, 20) if jax.default_backend() != "cpu" else (2**28, 1)
-    array = jnp.zeros(size // 4, jnp.float32)
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-
-    def copy() -> Any:
-        nonlocal array
-        for _ in range(copies):  # one after the other: starting them is not counted
-            array = add(array)
-        return array
-
-    return round(2 * size * copies / 1e6 / _median_ms(copy, 5), 1)
 
 
 def _row(
@@ -400,7 +383,7 @@ def _mean_ms(
 
     short = 1 + policy.period
     long = short + -(-STEPS // policy.period) * policy.period
-    state = filled(config, model, params, policy, length, long, implementation)
+    state = measuring.filled(model, params, policy, config.batch, length, long, implementation, config.seed)
     took, compile_s = {}, 0.0
     for steps in (short, long):
 
@@ -420,63 +403,11 @@ def _mean_ms(
         began = time.perf_counter()
         jax.block_until_ready(run())
         first = time.perf_counter() - began
-        took[steps] = _median_ms(run, config.repeats)
+        took[steps] = measuring.median_ms(run, config.repeats)
         compile_s += max(0.0, first - took[steps] / 1000)
     stats = jax.devices()[0].memory_stats() or {}
     mean = (took[long] - took[short]) / (long - short)
     return round(mean, 4), round(compile_s, 1), stats.get("peak_bytes_in_use")
-
-
-def filled(
-    config: Config, model: LlamaConfig, params: Any, policy: Policy, length: int, steps: int, implementation: str | None
-) -> Any:
-    """A prefilled state of random keys, values and observations, with room for `steps` tokens."""
-    import importlib
-
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    prefill = importlib.import_module("recyc_jax.prefill")  # the package's `prefill` is the function
-    tokens, lengths = np.zeros((config.batch, max(1, length - steps)), np.int32), np.zeros(config.batch, np.int32)
-
-    def shapes(params: Any, tokens: Any, lengths: Any) -> Any:
-        return prefill._prefill(params, tokens, lengths, model, steps, policy.observes, implementation)
-
-    made = jax.eval_shape(shapes, params, tokens, lengths)
-    state = random_like(made, config.seed, 1.0)
-    filled = dataclasses.replace(state.cache, length=jnp.asarray(state.prompt_slots, jnp.int32))
-    return dataclasses.replace(state, cache=filled)
-
-
-def random_like(shapes: Any, seed: int, scale: float) -> Any:
-    """Normal numbers of these shapes, zeros where they are whole; a program for each shape is soon compiled, one for all
-    leaves of a model is not."""
-    import jax
-    import jax.numpy as jnp
-
-    normal = jax.jit(lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
-
-    def fill(leaf: Any) -> jax.Array:
-        key = next(keys)
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return normal(key, leaf.shape, leaf.dtype)
-        return jnp.zeros(leaf.shape, leaf.dtype)
-
-    return jax.tree.map(fill, shapes)
-
-
-def _median_ms(run: Callable[[], Any], repeats: int) -> float:
-    import jax
-
-    jax.block_until_ready(run())  # warm
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(1000 * (time.perf_counter() - began))
-    return statistics.median(times)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from eval import command, speed
+from eval import command, measuring, speed
 from eval.backend import Backend
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def _measure(config: Config, shape: LlamaConfig, implementation: str | None) -> 
     from recyc_jax.policies.registry import parse_policy
 
     dtype = jnp.dtype(command.dtype_name(config.dtype))
-    bandwidth = speed.copy_bandwidth()
+    bandwidth = measuring.copy_bandwidth()
     kind = jax.devices()[0].device_kind
     print(f"{kind}: a copy moves {bandwidth:.1f} GB/s", flush=True)
     shapes = jax.eval_shape(lambda: rj.init_params(shape, jax.random.key(0), dtype))
-    params = speed.random_like(shapes, config.seed, 0.02)
+    params = measuring.random_like(shapes, config.seed, 0.02)
     with (config.out / "waterfall.jsonl").open("w", encoding="utf-8") as rows:
         for text in config.policies:
             command.heed_interrupt()
@@ -126,8 +126,8 @@ def kernels(
 
     length = policy.period if policy.decides else 1
     steps = -(-STEPS // policy.period) * policy.period
-    sizes = speed.Config(batch=config.batch, seed=config.seed)
-    state = speed.filled(sizes, shape, params, policy, config.length, steps + 1, implementation)
+    sizes = (config.batch, config.length, steps + 1)
+    state = measuring.filled(shape, params, policy, *sizes, implementation, config.seed)
 
     def run() -> None:
         nonlocal state

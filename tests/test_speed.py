@@ -8,7 +8,7 @@ import pytest
 from checkpoints import write_folder
 
 import recyc_jax as rj
-from eval import roofline, speed, waterfall
+from eval import measuring, roofline, waterfall
 from recyc_jax.shapes import SHAPES
 
 SET = rj.RecycledAttention(4096, rj.FixedStride(10))
@@ -161,9 +161,8 @@ def test_the_peer(call_module, tmp_path):
 
 def test_a_filled_state_is_decoded_as_a_prefilled_one_is(params, config):
     """Filled caches have the shapes that prefill makes, so both are one compiled program."""
-    config_of_run = speed.Config(batch=2)
     policy = rj.RecycledAttention(6, rj.FixedStride(3))
-    filled = speed.filled(config_of_run, config, params, policy, 40, 9, None)
+    filled = measuring.filled(config, params, policy, 2, 40, 9, None)
     real = rj.prefill(params, config, jnp.ones((2, 31), jnp.int32), policies=(policy,), max_new_tokens=9)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), filled) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), real

@@ -6,7 +6,7 @@ rows go through at once. Most scores are left out of it: a sample of every few s
 k scores should reach. If at least k do, the others are not among the best; if not, or if too many do, all scores are
 searched. Scores become integers of the same order first, so ranks are exact, ties to the lower slot.
 
-Letters: X rows (layers, batch and heads), S slots, R the best of them, C room for candidates.
+Letters: X rows (layers, batch and heads), S slots, R the best of them.
 """
 
 from __future__ import annotations
