@@ -24,11 +24,10 @@ from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, Leaf
 from recyc_jax.config import LlamaConfig, whole_number
-from recyc_jax.model import Params
+from recyc_jax.model import Params, Project
 from recyc_jax.policies.base import Caches, Policy, Step
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.prefill import Prefilled, prefill
-from recyc_jax.projections import Heads
 from recyc_jax.sampling import Greedy, Sample
 
 
@@ -75,9 +74,9 @@ def decode_step(
     kv_cache, number = state.cache, state.step + 1
     slot = kv_cache.length
 
-    def attend(layer: int, heads: Heads, layer_state: Any) -> tuple[Array, Any]:
+    def attend(layer: int, project: Project, layer_state: Any) -> tuple[Array, Any]:
         kv, recycled = layer_state
-        kv = attention.append(kv, heads.k, heads.v, slot)
+        heads, kv = project(cached=kv, slot=slot)
         here = Step(
             q=heads.q[:, 0],
             plain_q=heads.plain_q[:, 0],

@@ -1,6 +1,6 @@
 """The Llama-family decoder as Flax modules that hold parameters only.
 
-Attention is a function passed in: `attend(layer, heads, state) -> (out, state)`. The modules know neither caches nor
+Attention is a function passed in: `attend(layer, project, state) -> (out, state)`. The modules know neither caches nor
 policies; `decode.py` joins them. Letters: B batch, T queries, D model, N query heads, K key/value heads, H head dim,
 F feed-forward, V vocabulary.
 """
@@ -19,12 +19,15 @@ from jaxtyping import Array, Float, Int
 from recyc_jax import projections, rope
 from recyc_jax.attention import reference
 from recyc_jax.config import LlamaConfig
-from recyc_jax.projections import Heads, Linear, Norm, Projections, ToHeads
+from recyc_jax.projections import Linear, Norm, Projections, Stream, ToHeads
 
 Params = Any
 
 
-Attend = Callable[[int, Heads, Any], tuple[Array, Any]]
+Project = Callable[..., Any]
+"""() -> Heads of a layer; with `cached` and `slot` (Heads, the cache with them in it)."""
+Attend = Callable[[int, Project, Any], tuple[Array, Any]]
+"""(layer, project, state) -> (attention's output [B, T, N, H], state)."""
 
 _WEIGHT_INIT = nn.initializers.normal(0.02)
 
@@ -75,9 +78,9 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], norm: Norm, cos: Array, sin: Array, attend: Attend, state: Any
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """x with attention's output for its norm added."""
+        self, stream: Stream, norm: Norm, after: Norm, cos: Array, sin: Array, attend: Attend, state: Any
+    ) -> tuple[Stream, Any]:
+        """The stream with attention's output for its norm added; another norm comes after."""
         c = self.config
         width, dim = c.num_attention_heads * c.head_dim, c.head_dim
         kv_width = c.num_key_value_heads * dim
@@ -86,9 +89,14 @@ class Attention(nn.Module):
             _Linear(c.hidden_size, kv_width, c.qkv_bias, name="k_proj")(),
             _Linear(c.hidden_size, kv_width, c.qkv_bias, name="v_proj")(),
         )
-        out, state = attend(self.layer, self.projections.heads(x, norm, to_heads, cos, sin, dim), state)
+
+        def project(**into: Any) -> Any:
+            make: Any = self.projections.heads_appended if into else self.projections.heads
+            return make(stream, norm, to_heads, cos, sin, dim, **into)
+
+        out, state = attend(self.layer, project, state)
         to_hidden = _Linear(width, c.hidden_size, name="o_proj")()
-        return self.projections.added(out.reshape(*x.shape[:2], width), to_hidden, x), state
+        return self.projections.added(out.reshape(*out.shape[:2], width), to_hidden, stream, after), state
 
 
 class MLP(nn.Module):
@@ -98,12 +106,12 @@ class MLP(nn.Module):
     projections: Projections
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], norm: Norm) -> Float[Array, "B T D"]:
-        """x with the layer's output for its norm added."""
+    def __call__(self, stream: Stream, norm: Norm, after: Norm | None) -> Stream:
+        """The stream with the layer's output for its norm added."""
         c = self.config
         gate, up = (_Linear(c.hidden_size, c.intermediate_size, name=name)() for name in ("gate_proj", "up_proj"))
         down = _Linear(c.intermediate_size, c.hidden_size, name="down_proj")()
-        return self.projections.added(self.projections.gated(x, norm, gate, up), down, x)
+        return self.projections.added(self.projections.gated(stream, norm, gate, up), down, stream, after)
 
 
 class Block(nn.Module):
@@ -113,14 +121,22 @@ class Block(nn.Module):
     layer: int
     projections: Projections = projections
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], cos: Array, sin: Array, attend: Attend, state: Any
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    def setup(self) -> None:
         c = self.config
-        norm = _Norm(c, name="attention_norm")()
-        x, state = Attention(c, self.layer, self.projections, name="attention")(x, norm, cos, sin, attend, state)
-        return MLP(c, self.projections, name="mlp")(x, _Norm(c, name="mlp_norm")()), state
+        self.attention_norm, self.mlp_norm = _Norm(c), _Norm(c)
+        self.attention, self.mlp = Attention(c, self.layer, self.projections), MLP(c, self.projections)
+
+    def first_norm(self) -> Norm:
+        """What a stream that comes in goes through first."""
+        return self.attention_norm()
+
+    def __call__(
+        self, stream: Stream, cos: Array, sin: Array, attend: Attend, state: Any, after: Norm | None = None
+    ) -> tuple[Stream, Any]:
+        """The stream after the layer; `after` is the next one's first norm."""
+        middle = self.mlp_norm()
+        stream, state = self.attention(stream, self.attention_norm(), middle, cos, sin, attend, state)
+        return self.mlp(stream, middle, after), state
 
 
 class Llama(nn.Module):
@@ -141,13 +157,14 @@ class Llama(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, states: Sequence[Any]
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states after the final norm, and each layer's state as `attend` left it."""
-        x = jnp.take(self.embedding, tokens, axis=0, mode="clip")
+        norms = [block.first_norm() for block in self.layers]
+        stream = self.projections.begin(jnp.take(self.embedding, tokens, axis=0, mode="clip"), norms[0])
         cos, sin = rope.angles(self.config, positions)
-        after = []
-        for block, state in zip(self.layers, states, strict=True):
-            x, state = block(x, cos, sin, attend, state)
-            after.append(state)
-        return self.final_norm(x), tuple(after)
+        states_after = []
+        for block, state, after in zip(self.layers, states, [*norms[1:], None], strict=True):
+            stream, state = block(stream, cos, sin, attend, state, after)
+            states_after.append(state)
+        return self.final_norm(stream.x), tuple(states_after)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
@@ -155,7 +172,8 @@ class Llama(nn.Module):
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _attend_causally(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
+def _attend_causally(layer: int, project: Project, state: Any) -> tuple[Array, Any]:
+    heads = project()
     return reference.causal(heads.q, heads.k, heads.v), state
 
 

@@ -18,9 +18,8 @@ from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention import api
 from recyc_jax.cache import KVCache, LayerCache, Leaf
 from recyc_jax.config import LlamaConfig, whole_number
-from recyc_jax.model import Params
+from recyc_jax.model import Params, Project
 from recyc_jax.policies.base import Observed, Observes, Policy
-from recyc_jax.projections import Heads
 
 PREFILL_CHUNK = 1024
 PREFILL_TOKENS = 16384  # B * chunk at most: bounds a chunk's activations whatever the batch
@@ -91,8 +90,8 @@ def _prefill(
         states, _ = carry
         offset = index * chunk
 
-        def attend(layer: int, heads: Heads, state: _Reading) -> tuple[Array, _Reading]:
-            kv = state.kv.append(heads.k, heads.v, offset)
+        def attend(layer: int, project: Project, state: _Reading) -> tuple[Array, _Reading]:
+            heads, kv = project(cached=state.kv, slot=offset)
             latest = jnp.concatenate([state.latest, heads.q], axis=1)[:, -kept_queries:]
             mass = state.mass
             if mass is None:

@@ -14,9 +14,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from recyc_jax import rope
+from recyc_jax.cache import LayerCache
 
 
 class Heads(NamedTuple):
@@ -42,6 +43,14 @@ class Norm(NamedTuple):
     eps: float
 
 
+class Stream(NamedTuple):
+    """Hidden states between two products, with what an implementation has made ready for the norm that follows."""
+
+    x: Array  # [B, T, D]
+    scaled: Array | None = None  # [B, T, D]: x times that norm's scale
+    squares: Array | None = None  # float32 [B, T, P]: sums of parts of x squared
+
+
 class ToHeads(NamedTuple):
     """The three projections to heads."""
 
@@ -54,11 +63,25 @@ class ToHeads(NamedTuple):
 class Projections(Protocol):
     """What a layer calls, as the functions of this module document it."""
 
-    def heads(self, x: Array, norm: Norm, linears: ToHeads, cos: Array, sin: Array, dim: int) -> Heads: ...
+    def begin(self, x: Array, after: Norm | None) -> Stream: ...
 
-    def gated(self, x: Array, norm: Norm, gate: Linear, up: Linear) -> Array: ...
+    def heads(self, stream: Stream, norm: Norm, linears: ToHeads, cos: Array, sin: Array, dim: int) -> Heads: ...
 
-    def added(self, x: Array, linear: Linear, residual: Array) -> Array: ...
+    def heads_appended(
+        self,
+        stream: Stream,
+        norm: Norm,
+        linears: ToHeads,
+        cos: Array,
+        sin: Array,
+        dim: int,
+        cached: LayerCache,
+        slot: Array,
+    ) -> tuple[Heads, LayerCache]: ...
+
+    def gated(self, stream: Stream, norm: Norm, gate: Linear, up: Linear) -> Array: ...
+
+    def added(self, x: Array, linear: Linear, residual: Stream, after: Norm | None) -> Stream: ...
 
 
 def rms_norm(x: Float[Array, "... D"], norm: Norm) -> Float[Array, "... D"]:
@@ -73,8 +96,13 @@ def _product(x: Float[Array, "... D"], linear: Linear) -> Float[Array, "... F"]:
     return out if linear.bias is None else out + linear.bias
 
 
+def begin(x: Float[Array, "B T D"], after: Norm | None) -> Stream:
+    """Hidden states as the first layer takes them; `after` is its norm."""
+    return Stream(x)
+
+
 def heads(
-    x: Float[Array, "B T D"],
+    stream: Stream,
     norm: Norm,
     linears: ToHeads,
     cos: Float[Array, "B T H2"],
@@ -82,19 +110,34 @@ def heads(
     dim: int,
 ) -> Heads:
     """Queries, keys and values of x after its norm, in heads of `dim`, rotated by their angles (`rope.angles`)."""
-    x = rms_norm(x, norm)
+    x = rms_norm(stream.x, norm)
     # XLA for TPU would take the split into heads back into the product, and turn the weights around for it at each step
     flat = lax.optimization_barrier([_product(x, linear) for linear in linears])
     q, k, v = (one.reshape(*x.shape[:2], -1, dim) for one in flat)
     return Heads(rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, q)
 
 
-def gated(x: Float[Array, "... D"], norm: Norm, gate: Linear, up: Linear) -> Float[Array, "... F"]:
+def heads_appended(
+    stream: Stream,
+    norm: Norm,
+    linears: ToHeads,
+    cos: Float[Array, "B T H2"],
+    sin: Float[Array, "B T H2"],
+    dim: int,
+    cached: LayerCache,
+    slot: Int[Array, ""],
+) -> tuple[Heads, LayerCache]:
+    """`heads`, and the cache with their keys and values from `slot` on."""
+    made = heads(stream, norm, linears, cos, sin, dim)
+    return made, cached.append(made.k, made.v, slot)
+
+
+def gated(stream: Stream, norm: Norm, gate: Linear, up: Linear) -> Float[Array, "... F"]:
     """The SiLU of one projection of x after its norm, times another."""
-    x = rms_norm(x, norm)
+    x = rms_norm(stream.x, norm)
     return jax.nn.silu(_product(x, gate)) * _product(x, up)
 
 
-def added(x: Float[Array, "... F"], linear: Linear, residual: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """A projection of x on top of a residual."""
-    return residual + _product(x, linear)
+def added(x: Float[Array, "... F"], linear: Linear, residual: Stream, after: Norm | None) -> Stream:
+    """A projection of x on top of a residual; `after` is the norm that follows, if it is known."""
+    return Stream(residual.x + _product(x, linear))

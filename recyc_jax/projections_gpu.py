@@ -1,4 +1,4 @@
-"""`projections` on NVIDIA GPUs for a few rows: a Pallas (Triton) kernel that reads every weight once, after one for a norm.
+"""`projections` on NVIDIA GPUs for a few rows: a Pallas (Triton) kernel that reads every weight once.
 
 A program makes a few columns of the output from all of x, so nothing is put together afterwards; the next weights are on
 their way while the last ones are multiplied. For more rows than `MOST_ROWS`, and over a mesh, whose axes XLA has to see, it
@@ -17,11 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from recyc_jax import projections, sharding
 from recyc_jax.attention import triton
-from recyc_jax.projections import Heads, Linear, Norm, ToHeads
+from recyc_jax.cache import LayerCache
+from recyc_jax.projections import Heads, Linear, Norm, Stream, ToHeads
 
 MOST_ROWS = 16
 """Rows up to which the kernels run."""
@@ -65,88 +66,139 @@ def _runs(x: Array) -> bool:
     return math.prod(x.shape[:-1]) <= MOST_ROWS and sharding.unsplit()
 
 
+def _ready(stream: Stream) -> bool:
+    """The stream was begun by these kernels."""
+    return stream.squares is not None
+
+
+def begin(x: Float[Array, "B T D"], after: Norm | None) -> Stream:
+    """As `projections.begin`; few rows are made ready for kernels."""
+    if not _runs(x) or after is None:
+        return projections.begin(x, after)
+    wide = x.astype(jnp.float32)
+    return Stream(x, x * after.scale.astype(x.dtype), jnp.sum(wide * wide, axis=-1, keepdims=True))
+
+
 def heads(
-    x: Float[Array, "B T D"],
+    stream: Stream,
     norm: Norm,
     linears: ToHeads,
     cos: Float[Array, "B T H2"],
     sin: Float[Array, "B T H2"],
     dim: int,
 ) -> Heads:
-    """As `projections.heads`."""
-    if not _runs(x):
-        return projections.heads(x, norm, linears, cos, sin, dim)
-    half = dim // 2
-    rows = math.prod(x.shape[:-1])
+    """As `projections.heads`: the plain ones, for it is `heads_appended` that decoding asks for."""
+    return projections.heads(stream, norm, linears, cos, sin, dim)
+
+
+def heads_appended(
+    stream: Stream,
+    norm: Norm,
+    linears: ToHeads,
+    cos: Float[Array, "B T H2"],
+    sin: Float[Array, "B T H2"],
+    dim: int,
+    cached: LayerCache,
+    slot: Int[Array, ""],
+) -> tuple[Heads, LayerCache]:
+    """As `projections.heads_appended`; keys and values are written where they belong at once."""
+    x = stream.x
+    if not _ready(stream) or x.shape[1] != 1:
+        return projections.heads_appended(stream, norm, linears, cos, sin, dim, cached, slot)
+    half, rows = dim // 2, x.shape[0]
     counts = [linear.kernel.shape[1] // dim for linear in linears]
     columns = math.gcd(_columns(HEADS, sum(counts) * half), half)
     if columns < LEAST_TOGETHER:
-        return projections.heads(x, norm, linears, cos, sin, dim)
-    arrays = [cos.reshape(rows, half), sin.reshape(rows, half)]
-    shapes = [(rows + _spare(), count, dim) for count in (*counts, counts[0])]
-    programs = sum(counts) * half // columns
-    kernel = functools.partial(_heads, columns=columns)
-    made = _call("heads_projections", kernel, _normed(x, norm), arrays, list(linears), shapes, programs, HEADS)
-    q, k, v, plain_q = (one[:rows].reshape(*x.shape[:-1], -1, dim) for one in made)
-    return Heads(q, k, v, plain_q)
-
-
-def gated(x: Float[Array, "... D"], norm: Norm, gate: Linear, up: Linear) -> Float[Array, "... F"]:
-    """As `projections.gated`."""
-    if not _runs(x):
-        return projections.gated(x, norm, gate, up)
-    kernel = functools.partial(_gated, columns=_columns(GATED, gate.kernel.shape[1]))
-    return _flat_call("gated_projections", kernel, _normed(x, norm), [], [gate, up], GATED)
-
-
-def added(x: Float[Array, "... F"], linear: Linear, residual: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """As `projections.added`."""
-    if not _runs(x):
-        return projections.added(x, linear, residual)
-    kernel = functools.partial(_added, columns=_columns(ADDED, linear.kernel.shape[1]))
-    # named by what goes in: a profile tells a layer's two such products apart
-    return _flat_call(
-        f"added_projection_{x.shape[-1]}", kernel, x, [residual.reshape(-1, residual.shape[-1])], [linear], ADDED
+        return projections.heads_appended(stream, norm, linears, cos, sin, dim, cached, slot)
+    arrays = [jnp.reshape(slot, 1), cos.reshape(rows, half), sin.reshape(rows, half)]
+    q_shape = jax.ShapeDtypeStruct((rows + _spare(), counts[0], dim), x.dtype)
+    keys, values = cached.keys, cached.values
+    made = _call(
+        "heads_projections",
+        functools.partial(_heads, columns=columns, eps=norm.eps),
+        stream,
+        arrays,
+        list(linears),
+        [q_shape, q_shape],
+        sum(counts) * half // columns,
+        HEADS,
+        appended=(keys, values),
     )
+    q, plain_q = (one[:rows, None] for one in made[:2])
+    cached = cached.with_others(made[2], made[3])
+    k, v = (lax.dynamic_slice_in_dim(one, slot, 1, 2).swapaxes(1, 2) for one in made[2:])
+    return Heads(q, k, v, plain_q), cached
 
 
-def _flat_call(
-    name: str, kernel: Callable[..., None], x: Array, arrays: list[Array], linears: list[Linear], tile: _Tile
-) -> Array:
-    """One output, as wide as the matrices; the programs' columns may go beyond it."""
-    width = linears[0].kernel.shape[1]
-    columns = _columns(tile, width)
-    blocks = pl.cdiv(width, columns)
-    rows = math.prod(x.shape[:-1])
-    (out,) = _call(name, kernel, x, arrays, linears, [(rows + _spare(), blocks * columns)], blocks, tile)
-    return out[:rows, :width].reshape(*x.shape[:-1], width)
+def gated(stream: Stream, norm: Norm, gate: Linear, up: Linear) -> Float[Array, "... F"]:
+    """As `projections.gated`."""
+    if not _ready(stream):
+        return projections.gated(stream, norm, gate, up)
+    width = gate.kernel.shape[1]
+    columns = _columns(GATED, width)
+    blocks, rows = pl.cdiv(width, columns), math.prod(stream.x.shape[:-1])
+    kernel = functools.partial(_gated, columns=columns, eps=norm.eps)
+    # the programs' columns may go beyond the matrix
+    shapes = [jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), stream.x.dtype)]
+    (out,) = _call("gated_projections", kernel, stream, [], [gate, up], shapes, blocks, GATED)
+    return out[:rows, :width].reshape(*stream.x.shape[:-1], width)
+
+
+def added(x: Float[Array, "... F"], linear: Linear, residual: Stream, after: Norm | None) -> Stream:
+    """As `projections.added`; the sum is made ready for the norm that follows."""
+    if not _ready(residual):
+        return projections.added(x, linear, residual, after)
+    shape, dtype, width = residual.x.shape, residual.x.dtype, linear.kernel.shape[1]
+    columns = _columns(ADDED, width)
+    blocks, rows = pl.cdiv(width, columns), math.prod(shape[:-1])
+    kernel = functools.partial(_added, columns=columns, scaled=after is not None)
+    whole = jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), dtype)
+    shapes = [whole, whole, jax.ShapeDtypeStruct((rows + _spare(), blocks), jnp.float32)]
+    arrays = [residual.x.reshape(rows, width), *(() if after is None else (after.scale,))]
+    # named by what goes in: a profile tells a layer's two such products apart
+    name, shapes = f"added_projection_{x.shape[-1]}", shapes[: 1 if after is None else 3]
+    made = _call(name, kernel, Stream(x), arrays, [linear], shapes, blocks, ADDED)
+    cut = [one[:rows, :width].reshape(shape) for one in made[:2]]
+    if after is None:
+        return Stream(cut[0])
+    return Stream(cut[0], cut[1], made[2][:rows].reshape(*shape[:-1], blocks))
 
 
 def _call(
     name: str,
     kernel: Callable[..., None],
-    x: Array,
+    stream: Stream,
     arrays: list[Array],
     linears: list[Linear],
-    shapes: list[tuple[int, ...]],
+    shapes: list[jax.ShapeDtypeStruct],
     programs: int,
     tile: _Tile,
+    appended: tuple[Array, ...] = (),
 ) -> list[Array]:
-    """The kernel's outputs of these shapes. It gets x as rows, the arrays, and the matrices with their biases."""
-    rows, features = math.prod(x.shape[:-1]), x.shape[-1]
+    """The kernel's outputs of these shapes, and after them arrays that it writes to in place. It gets what it multiplies as
+    rows, the arrays, and the matrices with their biases."""
+    scaled = stream.x if stream.scaled is None else stream.scaled
+    rows, features = math.prod(scaled.shape[:-1]), scaled.shape[-1]
+    squares = [] if stream.squares is None else [stream.squares.reshape(rows, -1)]
     weights = [array for linear in linears for array in linear if array is not None]
-    read = [x.reshape(rows, features), *arrays, *weights]
+    read = [scaled.reshape(rows, features), *squares, *arrays, *weights]
     biased = [linear.bias is not None for linear in linears]
+    deep = max(16, min(tile.deep, pl.next_power_of_2(features)))
 
-    def unpacked(x_ref: Any, *refs: Any) -> None:
-        others, rest = refs[: len(arrays)], iter(refs[len(arrays) :])
-        matrices = [(next(rest), next(rest) if bias else None) for bias in biased]
-        kernel(_Rows(x_ref, max(16, min(tile.deep, pl.next_power_of_2(features)))), *others, matrices, *rest)
+    def unpacked(*refs: Any) -> None:
+        each = iter(refs)
+        x = _Rows(next(each), next(each) if squares else None, deep)
+        others = [next(each) for _ in arrays]
+        matrices = [(next(each), next(each) if bias else None) for bias in biased]
+        for _ in appended:
+            next(each)  # what is there already; it is the output's
+        kernel(x, *others, matrices, *each)
 
     return pl.pallas_call(
         unpacked,
-        out_shape=[jax.ShapeDtypeStruct(shape, x.dtype) for shape in shapes],
+        out_shape=[*shapes, *(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in appended)],
         grid=(programs,),
+        input_output_aliases={len(read) + number: len(shapes) + number for number in range(len(appended))},
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * sum(linear.kernel.size for linear in linears),
@@ -155,83 +207,104 @@ def _call(
         ),
         interpret=triton.INTERPRET,
         name=name,
-    )(*read)
+    )(*read, *appended)
 
 
 class _Rows(NamedTuple):
     """x in a kernel."""
 
     ref: Any  # [rows, D]
+    squares_ref: Any | None  # float32 [rows, P]: of x before its norm's scale; None without a norm
     deep: int  # features taken at a time
 
 
 def _heads(
     x: _Rows,
+    slot_ref: Any,
     cos_ref: Any,
     sin_ref: Any,
     matrices: list[Any],
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
     plain_q_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
     *,
     columns: int,
+    eps: float,
 ) -> None:
     """One program: some columns of the first half of a head and those of the second that turn with them."""
-    half = cos_ref.shape[1]
+    rows, half = cos_ref.shape
     blocks = half // columns
+    slot, row = plt.load(slot_ref.at[jnp.int32(0)]), jnp.arange(ROWS)[:, None]
     first = 0
-    for (kernel_ref, bias_ref), out_ref, plain_ref in zip(
-        matrices, (q_ref, k_ref, v_ref), (plain_q_ref, None, None), strict=True
-    ):
+    heads_of = (q_ref.shape[1], keys_ref.shape[1], values_ref.shape[1])
+    for number, ((kernel_ref, bias_ref), count) in enumerate(zip(matrices, heads_of, strict=True)):
         program = pl.program_id(0) - first
-        count = out_ref.shape[1] * blocks
 
         def make(
-            kernel_ref: Any = kernel_ref,
-            bias_ref: Any = bias_ref,
-            out_ref: Any = out_ref,
-            plain_ref: Any = plain_ref,
-            program: Array = program,
+            number: int = number, kernel_ref: Any = kernel_ref, bias_ref: Any = bias_ref, program: Array = program
         ) -> None:
             head = program // blocks
             lane = program % blocks * columns + jnp.arange(columns)
             at = [head * 2 * half + lane, head * 2 * half + half + lane]
             parts = [(kernel_ref, bias_ref, one) for one in at]
-            plain = [one.astype(out_ref.dtype) for one in _products(x, parts)]
-            rows = cos_ref.shape[0]
-            row = jnp.arange(ROWS)[:, None]
-            near_row = jnp.minimum(row, rows - 1)
+            plain = [one.astype(q_ref.dtype) for one in _products(x, parts, eps)]
             turned = plain
-            if out_ref is not v_ref:
+            if number < 2:
+                near_row = jnp.minimum(row, rows - 1)
                 cos, sin = (plt.load(ref.at[near_row, lane[None, :]]) for ref in (cos_ref, sin_ref))
                 low, high = (one.astype(jnp.float32) for one in plain)
-                turned = [one.astype(out_ref.dtype) for one in (low * cos - high * sin, high * cos + low * sin)]
-            for number in range(2):
-                to = (number * half + lane)[None, :]
-                _store(out_ref, (head, to), turned[number])
-                if plain_ref is not None:
-                    _store(plain_ref, (head, to), plain[number])
+                turned = [one.astype(q_ref.dtype) for one in (low * cos - high * sin, high * cos + low * sin)]
+            for which in range(2):
+                to = (which * half + lane)[None, :]
+                if number == 0:
+                    _store(q_ref, (head, to), turned[which])
+                    _store(plain_q_ref, (head, to), plain[which])
+                else:
+                    _write(keys_ref if number == 1 else values_ref, rows, (head, slot, to), turned[which])
 
-        pl.when((program >= 0) & (program < count))(make)
-        first += count
+        pl.when((program >= 0) & (program < count * blocks))(make)
+        first += count * blocks
 
 
-def _gated(x: _Rows, matrices: list[Any], out_ref: Any, *, columns: int) -> None:
+def _write(ref: Any, rows: int, at: tuple[Any, ...], values: Array) -> None:
+    """Rows of the cache, one by one where they are interpreted: a masked store would write on a live place."""
+    if not triton.INTERPRET:
+        row = jnp.arange(ROWS)[:, None]
+        mask = jnp.broadcast_to(row < rows, values.shape)
+        plt.store(ref.at[(jnp.minimum(row, rows - 1), *at)], values, mask=mask)
+        return
+    for row in range(rows):
+        plt.store(ref.at[(jnp.int32(row), *at)], values[row : row + 1])
+
+
+def _gated(x: _Rows, matrices: list[Any], out_ref: Any, *, columns: int, eps: float) -> None:
     """One program: some columns of both."""
     column = pl.program_id(0) * columns + jnp.arange(columns)
-    gate, up = _products(x, [(*matrix, column) for matrix in matrices])
+    gate, up = _products(x, [(*matrix, column) for matrix in matrices], eps)
     _store(out_ref, (column[None, :],), (gate / (1 + jnp.exp(-gate)) * up).astype(out_ref.dtype))
 
 
-def _added(x: _Rows, residual_ref: Any, matrices: list[Any], out_ref: Any, *, columns: int) -> None:
+def _added(x: _Rows, residual_ref: Any, *refs: Any, columns: int, scaled: bool) -> None:
     """One program: some columns."""
+    *scale_ref, matrices, out_ref = refs[: 3 if scaled else 2]
     column = pl.program_id(0) * columns + jnp.arange(columns)
-    near, _ = _inside(column, residual_ref.shape[1])
+    width = residual_ref.shape[1]
+    near, is_column = _inside(column, width)
     (made,) = _products(x, [(*matrix, column) for matrix in matrices])
     near_row = jnp.minimum(jnp.arange(ROWS), residual_ref.shape[0] - 1)[:, None]
     residual = plt.load(residual_ref.at[near_row, near[None, :]]).astype(jnp.float32)
-    _store(out_ref, (column[None, :],), (residual + made).astype(out_ref.dtype))
+    out = (residual + made).astype(out_ref.dtype)
+    _store(out_ref, (column[None, :],), out)
+    if scaled:
+        scaled_ref, squares_ref = refs[3:]
+        _store(scaled_ref, (column[None, :],), out * plt.load(scale_ref[0].at[near])[None, :])
+        wide = out.astype(jnp.float32)
+        if is_column is not None:
+            wide = jnp.where(is_column[None, :], wide, 0)
+        row, rows = jnp.arange(ROWS), squares_ref.shape[0] - _spare()
+        to = jnp.minimum(row, squares_ref.shape[0] - 1)
+        plt.store(squares_ref.at[to, pl.program_id(0)], jnp.sum(wide * wide, axis=1), mask=row < rows)
 
 
 def _store(ref: Any, at: tuple[Any, ...], values: Array) -> None:
@@ -248,9 +321,9 @@ def _inside(column: Array, width: int) -> tuple[Array, Array | None]:
     return (column, None) if width % column.size == 0 else (jnp.minimum(column, width - 1), column < width)
 
 
-def _products(x: _Rows, parts: list[tuple[Any, Any, Array]]) -> list[Array]:
-    """x times the named columns of each matrix, the bias added: float32 [ROWS, columns] each; what lies past x's rows means
-    nothing."""
+def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None = None) -> list[Array]:
+    """x (after its norm, with an epsilon: the scale is in it already) times the named columns of each matrix, the bias
+    added: float32 [ROWS, columns] each; what lies past x's rows means nothing."""
     rows, features = x.ref.shape
     row, lanes = jnp.arange(ROWS), jnp.arange(x.deep)
     near_row, is_row = jnp.minimum(row, rows - 1)[:, None], (row < rows)[:, None]
@@ -275,35 +348,15 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]]) -> list[Array]:
 
     zeros = tuple(jnp.zeros((ROWS, column.size), jnp.float32) for _, _, column in parts)
     made = list(lax.fori_loop(0, pl.cdiv(features, x.deep), visit, zeros))
+    if eps is not None and x.squares_ref is not None:
+        count = x.squares_ref.shape[1]
+        part = jnp.arange(pl.next_power_of_2(count))
+        near_part, is_part = jnp.minimum(part, count - 1)[None, :], jnp.broadcast_to(part < count, (ROWS, part.size))
+        squares = plt.load(x.squares_ref.at[near_row, near_part], mask=is_part, other=0)
+        factor = lax.rsqrt(jnp.sum(squares, axis=1) / features + eps)[:, None]
+        made = [one * factor for one in made]
     for number, (kernel_ref, bias_ref, column) in enumerate(parts):
         if bias_ref is not None:
             at, _ = _inside(column, kernel_ref.shape[1])
             made[number] = made[number] + plt.load(bias_ref.at[at]).astype(jnp.float32)[None, :]
     return made
-
-
-def _normed(x: Array, norm: Norm) -> Array:
-    """As `projections.rms_norm`. Within the products it would have every program wait for it."""
-    features = x.shape[-1]
-    rows = x.reshape(-1, features)
-    lanes = pl.next_power_of_2(features)
-    out = pl.pallas_call(
-        functools.partial(_norm, eps=norm.eps),
-        out_shape=jax.ShapeDtypeStruct((rows.shape[0], lanes), x.dtype),
-        grid=(rows.shape[0],),
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
-        interpret=triton.INTERPRET,
-        name="norm",
-    )(rows, norm.scale)
-    return out[:, :features].reshape(x.shape)
-
-
-def _norm(x_ref: Any, scale_ref: Any, out_ref: Any, *, eps: float) -> None:
-    """One program: a row."""
-    row, features = pl.program_id(0), x_ref.shape[1]
-    lane = jnp.arange(out_ref.shape[1])
-    near, inside = (lane, None) if lane.size == features else (jnp.minimum(lane, features - 1), lane < features)
-    x = plt.load(x_ref.at[row, near], mask=inside, other=None if inside is None else 0)
-    wide = x.astype(jnp.float32)
-    wide = wide * lax.rsqrt(jnp.sum(wide * wide) / features + eps)
-    plt.store(out_ref.at[row, lane], plt.load(scale_ref.at[near]) * wide.astype(x.dtype))

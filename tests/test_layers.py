@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # each module may import from lines above its own
     {"recyc_jax.config", "recyc_jax.fetch", "recyc_jax.sampling"},
     {"recyc_jax.rope", "recyc_jax.prompts", "recyc_jax.gguf_tokenizer", "recyc_jax.shapes", "recyc_jax.sharding"},
-    {"recyc_jax.projections"},
     {"recyc_jax.cache", "recyc_jax.gguf_convert"},
+    {"recyc_jax.projections"},
     {"recyc_jax.attention.select", "recyc_jax.attention.triton"},
     {
         "recyc_jax.attention.reference",

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from recyc_jax import projections, projections_gpu, rope, sharding
 from recyc_jax.attention import triton
-from recyc_jax.projections import Linear, Norm, ToHeads
+from recyc_jax.cache import LayerCache
+from recyc_jax.projections import Linear, Norm, Stream, ToHeads
 
 
 @pytest.fixture(autouse=True)
@@ -46,16 +47,26 @@ def test_kernels_agree(rows, width, heads, dtype, bias, seed):
     def linear(features):
         return Linear(made(width, features), made(features) if bias else None)
 
-    x, norm = jnp.asarray(rng.normal(size=(rows, 1, width)), dtype), Norm(made(width), 1e-5)
+    x, norm, next_norm = (
+        jnp.asarray(rng.normal(size=(rows, 1, width)), dtype),
+        *(Norm(made(width), 1e-5) for _ in range(2)),
+    )
     theta = jnp.asarray(rng.normal(size=(rows, 1, dim // 2)), jnp.float32)
     to_heads = ToHeads(linear(count * dim), linear(kv_count * dim), linear(kv_count * dim))
-    arguments = (x, norm, to_heads, jnp.cos(theta), jnp.sin(theta), dim)
-    for got, want in zip(projections_gpu.heads(*arguments), projections.heads(*arguments), strict=True):
+    cached = LayerCache(*(jnp.asarray(rng.normal(size=(rows, kv_count, 9, dim)), dtype) for _ in range(2)))
+    gate, up, down = linear(70), linear(70), Linear(made(70, width))
+    hidden = jnp.asarray(rng.normal(size=(rows, 1, 70)), dtype)
+
+    def through(kind):
+        """Every product, the last ones from a stream that a product has left."""
+        stream = kind.begin(x, norm)
+        heads = kind.heads_appended(stream, norm, to_heads, jnp.cos(theta), jnp.sin(theta), dim, cached, jnp.int32(5))
+        after = kind.added(hidden, down, stream, next_norm)
+        last = kind.added(hidden, down, after, None)
+        return heads, kind.gated(stream, norm, gate, up), after.x, kind.gated(after, next_norm, gate, up), last.x
+
+    for got, want in zip(jax.tree.leaves(through(projections_gpu)), jax.tree.leaves(through(projections)), strict=True):
         close(got, want)
-    gate, up = linear(70), linear(70)
-    close(projections_gpu.gated(x, norm, gate, up), projections.gated(x, norm, gate, up))
-    residual = jnp.asarray(rng.normal(size=(rows, 1, 70)), dtype)
-    close(projections_gpu.added(x, gate, residual), projections.added(x, gate, residual))
 
 
 def test_heads_are_rotated_projections():
@@ -66,9 +77,8 @@ def test_heads_are_rotated_projections():
     linears = ToHeads(*(Linear(jnp.asarray(one, jnp.float32)) for one in weights))
     scale = rng.normal(size=8)
     cos, sin = (jnp.asarray(one, jnp.float32) for one in (np.cos(theta), np.sin(theta)))
-    got = projections.heads(
-        jnp.asarray(x, jnp.float32), Norm(jnp.asarray(scale, jnp.float32), 1e-5), linears, cos, sin, 4
-    )
+    stream, norm = Stream(jnp.asarray(x, jnp.float32)), Norm(jnp.asarray(scale, jnp.float32), 1e-5)
+    got = projections.heads(stream, norm, linears, cos, sin, 4)
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * scale
     plain = [(normed @ one).reshape(2, 3, 2, 4) for one in weights]
     np.testing.assert_allclose(got.plain_q, plain[0], atol=1e-5)
@@ -81,7 +91,11 @@ def test_over_a_mesh_they_are_plain():
     """XLA has to see what it splits."""
     x, norm = jnp.ones((1, 1, 16)), Norm(jnp.ones(16), 1e-5)
     linear = Linear(jnp.ones((16, 16)))
+
+    def run(x):
+        stream = projections_gpu.begin(x, norm)
+        return projections_gpu.gated(stream, norm, linear, linear)
+
     with jax.set_mesh(sharding.mesh(1, 1, 1, jax.devices()[:1])):
-        jaxpr = str(jax.make_jaxpr(lambda x: projections_gpu.gated(x, norm, linear, linear))(x))
-    assert "pallas_call" not in jaxpr
-    assert "pallas_call" in str(jax.make_jaxpr(lambda x: projections_gpu.gated(x, norm, linear, linear))(x))
+        assert "pallas_call" not in str(jax.make_jaxpr(run)(x))
+    assert "pallas_call" in str(jax.make_jaxpr(run)(x))

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from recyc_jax import model, rope
 from recyc_jax.attention.training import SELECTION
 from recyc_jax.config import LlamaConfig
-from recyc_jax.model import Params
-from recyc_jax.projections import Heads
+from recyc_jax.model import Params, Project
+from recyc_jax.projections import Stream
 
 Remat = Literal["full", "dots", "none"]
 Attention = Callable[[Array, Array, Array, Array | None], Array]
@@ -93,12 +93,13 @@ def _hidden_states(
     cos, sin = rope.angles(config, _positions(tokens, segments))
     block = model.Block(config, 0)
 
-    def attend(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
+    def attend(layer: int, project: Project, state: Any) -> tuple[Array, Any]:
+        heads = project()
         return attention(heads.q, heads.k, heads.v, segments), state
 
     def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
-        out: Any = block.apply({"params": layer_params}, x, cos, sin, attend, None)
-        return place(out[0]), None
+        out: Any = block.apply({"params": layer_params}, Stream(x), cos, sin, attend, None)
+        return place(out[0].x), None
 
     kept = jax.checkpoint_policies.save_only_these_names(SELECTION)
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

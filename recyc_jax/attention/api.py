@@ -11,7 +11,6 @@ from typing import Protocol, cast, runtime_checkable
 import jax
 from jaxtyping import Array
 
-from recyc_jax.cache import LayerCache
 from recyc_jax.projections import Projections
 
 
@@ -28,8 +27,6 @@ class Implementation(Protocol):
 
     projections: Projections
     """A layer's matrix products in a decode step."""
-
-    def append(self, cached: LayerCache, k: Array, v: Array, slot: Array) -> LayerCache: ...
 
     def full(self, q: Array, keys: Array, values: Array, visible: Array) -> Array: ...
 

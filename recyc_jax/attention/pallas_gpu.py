@@ -35,10 +35,8 @@ from recyc_jax.attention.reference import (
     window_scores,
 )
 from recyc_jax.attention.select_gpu import top_slots
-from recyc_jax.cache import LayerCache
 
 __all__ = [
-    "append",
     "chunk",
     "chunk_with_mass",
     "compact",
@@ -127,35 +125,6 @@ def recycled(
     """As `reference.recycled`; listed slots are read where they stand, the newest in order, and nothing else is."""
     out, _, _ = _attend(q, keys, values, slots, (since, jnp.reshape(length, 1)), evict)
     return out
-
-
-def append(
-    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]
-) -> LayerCache:
-    """As `LayerCache.append`; one token's keys and values in one kernel."""
-    if k.shape[1] != 1 or not sharding.unsplit():
-        return cached.append(k, v, slot)
-    (batch, _, heads, _), (keys, values) = k.shape, (cached.keys, cached.values)
-    after = pl.pallas_call(
-        _append,
-        out_shape=[jax.ShapeDtypeStruct(one.shape, one.dtype) for one in (keys, values)],
-        grid=(batch, heads),
-        input_output_aliases={3: 0, 4: 1},
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
-        interpret=triton.INTERPRET,
-        name="append",
-    )(jnp.reshape(slot, 1), k[:, 0], v[:, 0], keys, values)
-    return cached.with_others(*after)
-
-
-def _append(slot_ref: Any, k_ref: Any, v_ref: Any, keys_ref: Any, values_ref: Any, *after_refs: Any) -> None:
-    """One program: a head. The caches are what comes out already, but for the new token."""
-    row, head = pl.program_id(0), pl.program_id(1)
-    slot, dim = plt.load(slot_ref.at[jnp.int32(0)]), k_ref.shape[2]
-    lanes = jnp.arange(pl.next_power_of_2(dim))
-    to = jnp.minimum(lanes, dim - 1)  # lanes past the end write the last one again
-    for new_ref, after_ref in zip((k_ref, v_ref), after_refs, strict=True):
-        plt.store(after_ref.at[row, head, slot, to], plt.load(new_ref.at[row, head, to]))
 
 
 def chunk(

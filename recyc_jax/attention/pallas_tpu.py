@@ -24,7 +24,6 @@ from jaxtyping import Array, Bool, Float, Int
 from recyc_jax import projections, sharding
 from recyc_jax.attention.reference import (
     MASKED,
-    append,
     chunk_with_mass,
     pieces_with_weights,
     recycled,
@@ -35,7 +34,6 @@ from recyc_jax.attention.reference import (
 )
 
 __all__ = [
-    "append",
     "chunk",
     "chunk_with_mass",
     "compact",

@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax import projections as projections  # a part of every implementation
 from recyc_jax.attention import select
-from recyc_jax.cache import LayerCache
 
 SLOTS_LAST: bool = False
 COPIES: bool = False
@@ -170,13 +169,6 @@ def recycled(
     newest = jnp.where((at >= first[:, None]) & (at < length), at, -1)
     newest = jnp.broadcast_to(newest[:, None], (*slots.shape[:2], capacity))
     return selected(q, keys, values, jnp.concatenate([listed, newest], axis=2))
-
-
-def append(
-    cached: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]
-) -> LayerCache:
-    """The cache with T tokens written from `slot` on."""
-    return cached.append(k, v, slot)
 
 
 def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:

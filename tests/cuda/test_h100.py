@@ -40,8 +40,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 STEPS = 41
 RECYCLED = rj.RecycledAttention(4096, rj.FixedStride(10))
-KERNELS = {"partial": 9, "full": 9}
-"""A layer's: two norms, the projections to heads, the append, attention and its parts, three products."""
+KERNELS = {"partial": 6, "full": 6}
+"""A layer's: the projections to heads, attention and its parts, three products."""
 
 
 @pytest.fixture(scope="module", autouse=True)
