@@ -65,7 +65,6 @@ IMPLEMENTATIONS = {
 """The modules; kernels are imported when they are first asked for."""
 
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # by the platform that JAX runs on
-_CHOSEN = {"tpu": "pallas_tpu"}  # by None; the GPU's kernels have been timed, their tests have not run on a GPU
 
 
 @functools.cache
@@ -75,13 +74,12 @@ def _say_once(line: str) -> None:
 
 def resolve(name: str | None) -> Implementation:
     """The implementation of that name. `"pallas"` takes the kernels of the platform that JAX runs on or raises. None takes
-    what is settled on for the platform: a TPU's kernels, where this JAX has what they are written in, elsewhere the plain
-    functions (`"reference"`).
+    them too where there are any and this JAX has what they are written in, elsewhere the plain functions (`"reference"`).
 
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        name = _CHOSEN.get(jax.default_backend(), "reference")
+        name = _KERNELS.get(jax.default_backend(), "reference")
         try:
             return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
         except ImportError as error:
