@@ -7,7 +7,6 @@ is the plain functions that run.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ class _Tile(NamedTuple):
 
 
 HEADS = _Tile(32, 256, stages=3)
-GATED = _Tile(128, 64)
+GATED = _Tile(128, 64, stages=3)
 ADDED = _Tile(32, 256)
 PROGRAMS = 96
 """Where a matrix is so narrow that fewer programs than this would share it, each takes fewer columns."""
@@ -115,7 +114,7 @@ def heads_appended(
     keys, values = cached.keys, cached.values
     made = _call(
         "heads_projections",
-        functools.partial(_heads, columns=columns, eps=norm.eps),
+        _heads,
         stream,
         arrays,
         list(linears),
@@ -123,6 +122,8 @@ def heads_appended(
         sum(counts) * half // columns,
         HEADS,
         appended=(keys, values),
+        columns=columns,
+        eps=norm.eps,
     )
     q, plain_q = (one[:rows, None] for one in made[:2])
     cached = cached.with_others(made[2], made[3])
@@ -137,10 +138,10 @@ def gated(stream: Stream, norm: Norm, gate: Linear, up: Linear) -> Float[Array, 
     width = gate.kernel.shape[1]
     columns = _columns(GATED, width)
     blocks, rows = pl.cdiv(width, columns), math.prod(stream.x.shape[:-1])
-    kernel = functools.partial(_gated, columns=columns, eps=norm.eps)
     # the programs' columns may go beyond the matrix
     shapes = [jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), stream.x.dtype)]
-    (out,) = _call("gated_projections", kernel, stream, [], [gate, up], shapes, blocks, GATED)
+    options = {"columns": columns, "eps": norm.eps}
+    (out,) = _call("gated_projections", _gated, stream, [], [gate, up], shapes, blocks, GATED, **options)
     return out[:rows, :width].reshape(*stream.x.shape[:-1], width)
 
 
@@ -151,13 +152,13 @@ def added(x: Float[Array, "... F"], linear: Linear, residual: Stream, after: Nor
     shape, dtype, width = residual.x.shape, residual.x.dtype, linear.kernel.shape[1]
     columns = _columns(ADDED, width)
     blocks, rows = pl.cdiv(width, columns), math.prod(shape[:-1])
-    kernel = functools.partial(_added, columns=columns, scaled=after is not None)
+    options = {"columns": columns, "scaled": after is not None}
     whole = jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), dtype)
     shapes = [whole, whole, jax.ShapeDtypeStruct((rows + _spare(), blocks), jnp.float32)]
     arrays = [residual.x.reshape(rows, width), *(() if after is None else (after.scale,))]
     # named by what goes in: a profile tells a layer's two such products apart
     name, shapes = f"added_projection_{x.shape[-1]}", shapes[: 1 if after is None else 3]
-    made = _call(name, kernel, Stream(x), arrays, [linear], shapes, blocks, ADDED)
+    made = _call(name, _added, Stream(x), arrays, [linear], shapes, blocks, ADDED, **options)
     cut = [one[:rows, :width].reshape(shape) for one in made[:2]]
     if after is None:
         return Stream(cut[0])
@@ -174,6 +175,7 @@ def _call(
     programs: int,
     tile: _Tile,
     appended: tuple[Array, ...] = (),
+    **options: Any,
 ) -> list[Array]:
     """The kernel's outputs of these shapes, and after them arrays that it writes to in place. It gets what it multiplies as
     rows, the arrays, and the matrices with their biases."""
@@ -182,32 +184,48 @@ def _call(
     squares = [] if stream.squares is None else [stream.squares.reshape(rows, -1)]
     weights = [array for linear in linears for array in linear if array is not None]
     read = [scaled.reshape(rows, features), *squares, *arrays, *weights]
-    biased = [linear.bias is not None for linear in linears]
-    deep = max(16, min(tile.deep, pl.next_power_of_2(features)))
-
-    def unpacked(*refs: Any) -> None:
-        each = iter(refs)
-        x = _Rows(next(each), next(each) if squares else None, deep)
-        others = [next(each) for _ in arrays]
-        matrices = [(next(each), next(each) if bias else None) for bias in biased]
-        for _ in appended:
-            next(each)  # what is there already; it is the output's
-        kernel(x, *others, matrices, *each)
-
-    return pl.pallas_call(
-        unpacked,
-        out_shape=[*shapes, *(jax.ShapeDtypeStruct(one.shape, one.dtype) for one in appended)],
-        grid=(programs,),
-        input_output_aliases={len(read) + number: len(shapes) + number for number in range(len(appended))},
-        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
-        cost_estimate=pl.CostEstimate(
+    return triton.call(
+        _unpacked,
+        read,
+        shapes,
+        (programs,),
+        name,
+        warps=tile.warps,
+        stages=tile.stages,
+        work=pl.CostEstimate(
             flops=2 * rows * sum(linear.kernel.size for linear in linears),
             transcendentals=0,
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in read),
         ),
-        interpret=triton.INTERPRET,
-        name=name,
-    )(*read, *appended)
+        appended=appended,
+        program=kernel,
+        deep=max(16, min(tile.deep, pl.next_power_of_2(features))),
+        squared=bool(squares),
+        others=len(arrays),
+        biased=tuple(linear.bias is not None for linear in linears),
+        written=len(appended),
+        **options,
+    )
+
+
+def _unpacked(
+    *refs: Any,
+    program: Callable[..., None],
+    deep: int,
+    squared: bool,
+    others: int,
+    biased: tuple[bool, ...],
+    written: int,
+    **options: Any,
+) -> None:
+    """Run the kernel with its references told apart."""
+    each = iter(refs)
+    x = _Rows(next(each), next(each) if squared else None, deep)
+    arrays = [next(each) for _ in range(others)]
+    matrices = [(next(each), next(each) if bias else None) for bias in biased]
+    for _ in range(written):
+        next(each)  # what is there already; it is the output's
+    program(x, *arrays, matrices, *each, **options)
 
 
 class _Rows(NamedTuple):
@@ -248,11 +266,11 @@ def _heads(
             lane = program % blocks * columns + jnp.arange(columns)
             at = [head * 2 * half + lane, head * 2 * half + half + lane]
             parts = [(kernel_ref, bias_ref, one) for one in at]
+            near_row = jnp.minimum(row, rows - 1)
+            cos, sin = (plt.load(ref.at[near_row, lane[None, :]]) for ref in (cos_ref, sin_ref))
             plain = [one.astype(q_ref.dtype) for one in _products(x, parts, eps)]
             turned = plain
             if number < 2:
-                near_row = jnp.minimum(row, rows - 1)
-                cos, sin = (plt.load(ref.at[near_row, lane[None, :]]) for ref in (cos_ref, sin_ref))
                 low, high = (one.astype(jnp.float32) for one in plain)
                 turned = [one.astype(q_ref.dtype) for one in (low * cos - high * sin, high * cos + low * sin)]
             for which in range(2):
@@ -291,14 +309,16 @@ def _added(x: _Rows, residual_ref: Any, *refs: Any, columns: int, scaled: bool) 
     column = pl.program_id(0) * columns + jnp.arange(columns)
     width = residual_ref.shape[1]
     near, is_column = _inside(column, width)
-    (made,) = _products(x, [(*matrix, column) for matrix in matrices])
     near_row = jnp.minimum(jnp.arange(ROWS), residual_ref.shape[0] - 1)[:, None]
-    residual = plt.load(residual_ref.at[near_row, near[None, :]]).astype(jnp.float32)
-    out = (residual + made).astype(out_ref.dtype)
+    # asked for before the product, so that it need not be waited for
+    residual = plt.load(residual_ref.at[near_row, near[None, :]])
+    scale = plt.load(scale_ref[0].at[near]) if scaled else None
+    (made,) = _products(x, [(*matrix, column) for matrix in matrices])
+    out = (residual.astype(jnp.float32) + made).astype(out_ref.dtype)
     _store(out_ref, (column[None, :],), out)
-    if scaled:
+    if scale is not None:
         scaled_ref, squares_ref = refs[3:]
-        _store(scaled_ref, (column[None, :],), out * plt.load(scale_ref[0].at[near])[None, :])
+        _store(scaled_ref, (column[None, :],), out * scale[None, :])
         wide = out.astype(jnp.float32)
         if is_column is not None:
             wide = jnp.where(is_column[None, :], wide, 0)
@@ -328,6 +348,16 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
     row, lanes = jnp.arange(ROWS), jnp.arange(x.deep)
     near_row, is_row = jnp.minimum(row, rows - 1)[:, None], (row < rows)[:, None]
     whole = features % x.deep == 0
+    # what is needed at the end is asked for at the start: it is there when the weights are
+    squares, biases = None, []
+    if eps is not None and x.squares_ref is not None:
+        count = x.squares_ref.shape[1]
+        part = jnp.arange(pl.next_power_of_2(count))
+        near_part, is_part = jnp.minimum(part, count - 1)[None, :], jnp.broadcast_to(part < count, (ROWS, part.size))
+        squares = plt.load(x.squares_ref.at[near_row, near_part], mask=is_part, other=0)
+    for kernel_ref, bias_ref, column in parts:
+        at, _ = _inside(column, kernel_ref.shape[1])
+        biases.append(None if bias_ref is None else plt.load(bias_ref.at[at]))
 
     def visit(turn: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         feature = turn * x.deep + lanes
@@ -348,15 +378,9 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
 
     zeros = tuple(jnp.zeros((ROWS, column.size), jnp.float32) for _, _, column in parts)
     made = list(lax.fori_loop(0, pl.cdiv(features, x.deep), visit, zeros))
-    if eps is not None and x.squares_ref is not None:
-        count = x.squares_ref.shape[1]
-        part = jnp.arange(pl.next_power_of_2(count))
-        near_part, is_part = jnp.minimum(part, count - 1)[None, :], jnp.broadcast_to(part < count, (ROWS, part.size))
-        squares = plt.load(x.squares_ref.at[near_row, near_part], mask=is_part, other=0)
+    if squares is not None and eps is not None:
         factor = lax.rsqrt(jnp.sum(squares, axis=1) / features + eps)[:, None]
         made = [one * factor for one in made]
-    for number, (kernel_ref, bias_ref, column) in enumerate(parts):
-        if bias_ref is not None:
-            at, _ = _inside(column, kernel_ref.shape[1])
-            made[number] = made[number] + plt.load(bias_ref.at[at]).astype(jnp.float32)[None, :]
-    return made
+    return [
+        one if bias is None else one + bias.astype(jnp.float32)[None, :] for one, bias in zip(made, biases, strict=True)
+    ]

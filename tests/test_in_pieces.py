@@ -81,6 +81,7 @@ def test_a_state_goes_on_with_what_it_began_with(params, config, in_pieces):
 
 
 def test_kernels_by_platform(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert api.resolve(None).__name__ == "recyc_jax.attention.reference"
     with pytest.raises(ValueError, match="no kernels for cpu, only for gpu, tpu"):
         api.resolve("pallas")

@@ -185,17 +185,23 @@ def _attend_here(
     if keep_logits:
         shapes.append(jax.ShapeDtypeStruct((batch, kv_heads, rows, programs * share * split.block), jnp.float32))
     moved = batch * kv_heads * count * dim * (keys.dtype.itemsize + values.dtype.itemsize)
-    parts_out = pl.pallas_call(
-        functools.partial(_part, block=split.block, share=share, programs=programs, indexed=bool(ages), evict=evict),
-        out_shape=shapes,
-        grid=(batch, kv_heads, programs),
-        compiler_params=plt.CompilerParams(num_warps=split.warps, num_stages=split.stages),
-        cost_estimate=pl.CostEstimate(
+    parts_out = triton.call(
+        _part,
+        [*ages, q.reshape(batch, kv_heads, groups, dim), keys, values, listed],
+        shapes,
+        (batch, kv_heads, programs),
+        "recycled_attention" if ages else "full_attention",
+        warps=split.warps,
+        stages=split.stages,
+        work=pl.CostEstimate(
             flops=4 * batch * heads * count * dim, transcendentals=batch * heads * count, bytes_accessed=moved
         ),
-        interpret=triton.INTERPRET,
-        name="recycled_attention" if ages else "full_attention",
-    )(*ages, q.reshape(batch, kv_heads, groups, dim), keys, values, listed)
+        block=split.block,
+        share=share,
+        programs=programs,
+        indexed=bool(ages),
+        evict=evict,
+    )
     logits = parts_out[3][:, :, :groups, :count] if keep_logits else None
     out, normaliser = _together(parts_out[0], parts_out[1], parts_out[2], groups, dim, q.dtype)
     return out.reshape(q.shape), normaliser, logits
@@ -209,14 +215,10 @@ def _together(outs: Array, peaks: Array, totals: Array, groups: int, dim: int, d
         jax.ShapeDtypeStruct((batch, kv_heads, groups, _power(dim)), dtype),
         jax.ShapeDtypeStruct((batch, kv_heads, groups), jnp.float32),
     ]
-    out, normaliser = pl.pallas_call(
-        functools.partial(_put_together, dim=dim),
-        out_shape=shapes,
-        grid=(batch, kv_heads, groups),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        interpret=triton.INTERPRET,
-        name="attention_parts",
-    )(outs, peaks, totals)
+    grid = (batch, kv_heads, groups)
+    out, normaliser = triton.call(
+        _put_together, [outs, peaks, totals], shapes, grid, "attention_parts", warps=4, stages=1, dim=dim
+    )
     return out[..., :dim], normaliser
 
 

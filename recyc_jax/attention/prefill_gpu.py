@@ -48,14 +48,17 @@ def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -
     lanes = max(16, pl.next_power_of_2(dim))
     # whole blocks and tiles: what is past the end is cut off
     padded = jnp.pad(q, ((0, 0), (0, blocks * queries - width), (0, 0), (0, lanes - dim)))
-    out = pl.pallas_call(
-        functools.partial(_attend, dim=dim, queries=queries),
-        out_shape=jax.ShapeDtypeStruct(padded.shape, q.dtype),
-        grid=(blocks, heads, batch),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
-        interpret=triton.INTERPRET,
-        name="chunk_attention",
-    )(padded, keys, values, starts, offset)
+    (out,) = triton.call(
+        _attend,
+        [padded, keys, values, starts, offset],
+        [jax.ShapeDtypeStruct(padded.shape, q.dtype)],
+        (blocks, heads, batch),
+        "chunk_attention",
+        warps=4,
+        stages=2,
+        dim=dim,
+        queries=queries,
+    )
     return out[:, :width, :, :dim]
 
 

@@ -91,12 +91,7 @@ def _best_of_candidates(
 ) -> tuple[Int[Array, "X R"], Int[Array, "X R"]]:
     number, segments = found.by_segment.shape
     firsts = jnp.cumsum(found.by_segment, axis=1) - found.by_segment
-    keys, slots = _call(
-        _compact,
-        (number, segments),
-        [jax.ShapeDtypeStruct((number, room + 1), jnp.int32)] * 2,
-        "compact_candidates",
-    )(rows, found.bound, firsts)
+    keys, slots = _call(_compact, [rows, found.bound, firsts], 2 * [(number, room + 1)], segments, "compact_candidates")
     return _partition(keys, slots, found.number, count, keep_rest=False)
 
 
@@ -108,15 +103,10 @@ def _candidates(rows: Float[Array, "X S"], step: int, count: int) -> _Candidates
     expected = count / step
     wanted = min(math.ceil(1.1 * expected + 3 * math.sqrt(expected)), width // step)
     bound, _ = _call(
-        functools.partial(_search, count=wanted, bits=COARSE_BITS, step=step),
-        (number,),
-        [jax.ShapeDtypeStruct((number,), jnp.int32)] * 2,
-        "kth_largest_sample",
-    )(rows)
+        _search, [rows], 2 * [(number,)], None, "kth_largest_sample", count=wanted, bits=COARSE_BITS, step=step
+    )
     bound = jnp.maximum(bound, NOTHING + 1)
-    (by_segment,) = _call(
-        _count, (number, segments), [jax.ShapeDtypeStruct((number, segments), jnp.int32)], "count_candidates"
-    )(rows, bound)
+    (by_segment,) = _call(_count, [rows, bound], [(number, segments)], segments, "count_candidates")
     return _Candidates(bound, by_segment, jnp.sum(by_segment, axis=1))
 
 
@@ -128,11 +118,19 @@ def _keys(loaded: Float[Array, " s"] | Int[Array, " s"]) -> Int[Array, " s"]:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _call(kernel: Any, grid: tuple[int, ...], shapes: list[jax.ShapeDtypeStruct], name: str) -> Any:
-    params = plt.CompilerParams(num_warps=8, num_stages=1)
-    return pl.pallas_call(
-        kernel, out_shape=shapes, grid=grid, compiler_params=params, interpret=triton.INTERPRET, name=name
-    )
+def _call(
+    kernel: Any,
+    arrays: list[Array],
+    shapes: list[tuple[int, ...]],
+    segments: int | None,
+    name: str,
+    **options: Any,
+) -> list[Array]:
+    """A program for each row, or for each of its segments."""
+    rows = shapes[0][0]
+    grid = (rows,) if segments is None else (rows, segments)
+    outputs = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    return triton.call(kernel, arrays, outputs, grid, name, warps=8, stages=1, **options)
 
 
 def _partition(
@@ -148,20 +146,20 @@ def _partition(
     `number` only so many of each row are there."""
     rows, width = scores.shape
     numbers = () if number is None else (number,)
-    last, above = _call(
-        functools.partial(_search, count=count, bits=32),
-        (rows,),
-        [jax.ShapeDtypeStruct((rows,), jnp.int32)] * 2,
-        "kth_largest",
-    )(scores, *numbers)
+    last, above = _call(_search, [scores, *numbers], 2 * [(rows,)], None, "kth_largest", count=count, bits=32)
     size = width if keep_rest else count
+    listed = () if slots is None else (slots,)
     # one place more: masked stores go there, never on a live one
     best_keys, best = _call(
-        functools.partial(_gather, count=count, keep_rest=keep_rest, listed=slots is not None),
-        (rows,),
-        [jax.ShapeDtypeStruct((rows, size + 1), jnp.int32)] * 2,
+        _gather,
+        [*listed, scores, last, above, *numbers],
+        2 * [(rows, size + 1)],
+        None,
         "gather_largest",
-    )(*(() if slots is None else (slots,)), scores, last, above, *numbers)
+        count=count,
+        keep_rest=keep_rest,
+        listed=bool(listed),
+    )
     return best_keys[:, :size], best[:, :size]
 
 
