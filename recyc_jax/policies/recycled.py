@@ -157,7 +157,8 @@ class RecycledAttention(Policy):
             """Attend to everything, and keep the scores by which `settle` rebuilds the set."""
             out, scores = attention.full_with_scores(step.q, step.keys, step.values, step.visible)
             query, is_full = self.schedule.remember(step.q, step.plain_q), due
-            if self.ablation == "no_full_attention" or self.schedule.by_row:
+            rows_differ = self.schedule.by_row and step.q.shape[0] > 1
+            if self.ablation == "no_full_attention" or rows_differ:
                 # a row that isn't due keeps what it would have alone, whatever its neighbours do
                 is_full = due & (self.ablation != "no_full_attention")
                 out = jnp.where(is_full[:, None, None], out, self.attend(attention, step, state).out)
