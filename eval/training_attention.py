@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from eval import command
+from eval import command, measuring
 from eval.backend import Backend
+
+if TYPE_CHECKING:
+    import jax
+
+FORMS = ("dense", "cudnn", "strided", "paper")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +54,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     from eval import backend
 
     lengths = command.lengths(config.lengths)
-    forms = command.split("--forms", config.forms)
-    for form in forms:
-        if form not in ("dense", "cudnn", "strided", "paper"):
-            raise ValueError(f"--forms: {form!r} is unknown; there is dense, cudnn, strided, paper")
+    check_forms(config.forms)
     command.check_counts(
         heads=config.heads,
         kv_heads=config.kv_heads,
@@ -69,11 +69,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     if config.stride >= min(lengths):
         raise ValueError(f"--stride {config.stride} leaves no context of --lengths {min(lengths)}")
     backend.select(config.backend)
-    import jax
-
-    if "cudnn" in forms and jax.default_backend() != "gpu":
-        print("cudnn is left out: it needs a GPU", flush=True)
-        forms.remove("cudnn")
+    forms = usable_forms(config.forms)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,26 +104,44 @@ def _measure(config: Config, lengths: list[int], forms: list[str]) -> None:
     print(f"{file} holds the results")
 
 
-def _row(config: Config, length: int, form: str) -> dict[str, Any]:
+def form_of(form: str, length: int, stride: int, budget: int) -> Callable[..., jax.Array]:
+    """The attention of that name, (q, k, v) -> out."""
     import jax
-    import jax.numpy as jnp
 
     from recyc_jax.attention import training
     from recyc_jax.attention.training import Recycle
 
+    fused = training.causal_cudnn if jax.default_backend() == "gpu" else training.causal
+    if form in ("dense", "cudnn"):
+        return training.causal if form == "dense" else training.causal_cudnn
+    recycle = Recycle(1, stride, budget) if form == "strided" else Recycle(length - stride, stride + 1, budget)
+    return lambda q, k, v: training.recycled(q, k, v, recycle, fused)
+
+
+def usable_forms(text: str) -> list[str]:
+    """The forms that a flag names, but for those that this machine lacks."""
+    import jax
+
+    forms = command.split("--forms", text)
+    if "cudnn" in forms and jax.default_backend() != "gpu":
+        print("cudnn is left out: it needs a GPU", flush=True)
+        forms.remove("cudnn")
+    return forms
+
+
+def check_forms(text: str) -> None:
+    """Raise ValueError for a form that there is not."""
+    for form in command.split("--forms", text):
+        if form not in FORMS:
+            raise ValueError(f"--forms: {form!r} is unknown; there is {', '.join(FORMS)}")
+
+
+def _row(config: Config, length: int, form: str) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
     budget = min(config.budget, length // 4)
-    attend: dict[str, Callable[..., jax.Array]] = {
-        "dense": training.causal,
-        "cudnn": training.causal_cudnn,
-        "strided": lambda q, k, v: training.recycled(q, k, v, Recycle(1, config.stride, budget)),
-        "paper": lambda q, k, v: training.recycled(
-            q,
-            k,
-            v,
-            Recycle(length - config.stride, config.stride + 1, budget),
-            training.causal_cudnn if jax.default_backend() == "gpu" else training.causal,
-        ),
-    }
+    attend = form_of(form, length, config.stride, budget)
     dtype = jnp.dtype(command.dtype_name(config.dtype))
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(config.batch_size, length, count, config.head_dim) for count in (config.heads, *2 * [config.kv_heads])]
@@ -135,9 +149,9 @@ def _row(config: Config, length: int, form: str) -> dict[str, Any]:
     weights = jax.random.normal(keys[3], shapes[0], dtype)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum((attend[form](q, k, v) * weights).astype(jnp.float32))
+        return jnp.sum((attend(q, k, v) * weights).astype(jnp.float32))
 
-    forward = jax.jit(attend[form]).lower(q, k, v).compile()
+    forward = jax.jit(attend).lower(q, k, v).compile()
     step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
     memory = step.memory_analysis()
     return {
@@ -150,22 +164,10 @@ def _row(config: Config, length: int, form: str) -> dict[str, Any]:
         "stride": config.stride,
         "budget": budget,
         "dtype": str(dtype),
-        "forward_ms": _median_ms(forward, (q, k, v), config.repeats),
-        "step_ms": _median_ms(step, (q, k, v), config.repeats),
+        "forward_ms": round(measuring.median_ms(lambda: forward(q, k, v), config.repeats), 3),
+        "step_ms": round(measuring.median_ms(lambda: step(q, k, v), config.repeats), 3),
         "temp_gib": None if memory is None else round(memory.temp_size_in_bytes / 2**30, 3),
     }
-
-
-def _median_ms(program: Any, arguments: Any, repeats: int) -> float:
-    import jax
-
-    jax.block_until_ready(program(*arguments))  # warm
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        times.append(1000 * (time.perf_counter() - began))
-    return round(statistics.median(times), 3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,38 @@
+"""`python -m eval.training_step`: whole steps of every form, on a small model."""
+
+import dataclasses
+import json
+
+import pytest
+
+from eval import training_step
+
+
+def test_rows_of_every_form(tmp_path, capsys, config):
+    shape = dataclasses.asdict(config) | {"model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    flags = ["--model", tmp_path, "--lengths", "64", "--tokens", "128", "--stride", "16", "--budget", "8"]
+    flags += ["--forms", "dense,cudnn,strided,paper", "--repeats", "1", "--out", tmp_path / "out"]
+    assert training_step.main(list(map(str, flags))) == 0
+    assert "cudnn is left out: it needs a GPU" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "training_step.jsonl").read_text().splitlines()]
+    assert [(row["form"], row["rows"], row["budget"]) for row in rows] == [
+        (form, 2, 8) for form in ("dense", "strided", "paper")
+    ]
+    assert all(row["step_ms"] > 0 and row["mfu"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--forms", "sparse"], "--forms: 'sparse' is unknown"),
+        (["--model", "llama-9"], "--model 'llama-9' is no known shape"),
+        (["--lengths", "50"], "--stride 50 leaves no context of --lengths 50"),
+        (["--tokens", "0"], "--tokens 0 must be at least 1"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, message, capsys, tmp_path):
+    assert training_step.main([*flags, "--out", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
