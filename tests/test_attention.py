@@ -97,6 +97,24 @@ def test_recycled(attention, arrays):
         np.testing.assert_allclose(got, out, atol=1e-5)
 
 
+def test_full_or_recycled(attention, arrays):
+    """One row attends to everything, the other to its set; then all, then none."""
+    rng = np.random.default_rng(5)
+    slots = jnp.asarray([[rng.choice(20, 9, replace=False) for _ in range(K)] for _ in range(B)], jnp.int32)
+    since, length = jnp.asarray([30, 36], jnp.int32), jnp.int32(37)
+    full, scores = attention.full_with_scores(*arrays, VISIBLE)
+    few = attention.recycled(*arrays, slots, since, length, True)
+    for due in ([True, False], [True, True], [False, False]):
+        out, got = attention.full_or_recycled(*arrays, VISIBLE, jnp.asarray(due), slots, since, length, True)
+        for row in range(B):
+            np.testing.assert_allclose(out[row], (full if due[row] else few)[row], atol=1e-6)
+            if due[row]:
+                seen = np.asarray(VISIBLE[row])
+                np.testing.assert_allclose(got[row][:, seen], np.asarray(scores[row])[:, seen], atol=1e-5)
+            else:
+                assert (np.asarray(got[row]) == -np.inf).all()
+
+
 def probabilities(q, keys, seen):
     """[B, K, G, S] in float64, one query a row."""
     rows = [

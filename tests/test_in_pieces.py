@@ -53,7 +53,7 @@ def test_many_new_tokens_are_read_in_a_long_piece(params, config, text, monkeypa
     )
 
 
-@pytest.mark.parametrize("text", [STRINGS[n] for n in (1, 4, 9, 11)])
+@pytest.mark.parametrize("text", [STRINGS[n] for n in (1, 4, 7, 9, 11)])
 def test_sets_told_by_bounds(params, config, text, monkeypatch):
     """The GPU's kernels in the loop, interpreted; as many steps as make the oldest new tokens leave."""
     monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")

@@ -44,6 +44,19 @@ class Implementation(Protocol):
         self, q: Array, keys: Array, values: Array, slots: Array, since: Array, length: Array, evict: bool
     ) -> Array: ...
 
+    def full_or_recycled(
+        self,
+        q: Array,
+        keys: Array,
+        values: Array,
+        visible: Array,
+        due: Array,
+        slots: Array,
+        since: Array,
+        length: Array,
+        evict: bool,
+    ) -> tuple[Array, Array]: ...
+
     def top_slots(self, scores: Array, budget: int, ordered: int) -> Array: ...
 
     def pieces_with_weights(self, q: Array, pieces: Sequence[tuple[Array, Array, Array]]) -> tuple[Array, Array]: ...

@@ -41,6 +41,7 @@ __all__ = [
     "chunk_with_mass",
     "compact",
     "full",
+    "full_or_recycled",
     "full_with_scores",
     "full_with_weights",
     "pieces_with_weights",
@@ -99,8 +100,15 @@ def full_with_scores(
     """As `reference.full_with_scores`; the pass that makes the output leaves the logits too, 4 bytes a slot and head."""
     out, normaliser, logits = _attend(q, keys, values, visible.astype(jnp.int8), keep_logits=True)
     assert logits is not None
+    return out, _scores(logits, normaliser)
+
+
+def _scores(logits: Float[Array, "B K G S"], normaliser: Float[Array, "B K G"], due: Array | None = None) -> Array:
+    scores = jnp.max(logits - normaliser[..., None], axis=2)
+    if due is not None:
+        scores = jnp.where(due[:, None, None], scores, -jnp.inf)
     # else XLA may take this into the pooling that follows, and do it for every slot of a window
-    return out, lax.optimization_barrier(jnp.max(logits - normaliser[..., None], axis=2))
+    return lax.optimization_barrier(scores)
 
 
 def selected(
@@ -127,6 +135,25 @@ def recycled(
     return out
 
 
+def full_or_recycled(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+    due: Bool[Array, " B"],
+    slots: Int[Array, "B K R"],
+    since: Int[Array, " B"],
+    length: Int[Array, ""],
+    evict: bool,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
+    """As `reference.full_or_recycled`. Each row's programs read what the row attends to: two kernels, of which one has
+    nothing to do for the row, cost less than asking the device by a cond which it is."""
+    whole, normaliser, logits = _attend(q, keys, values, visible.astype(jnp.int8), keep_logits=True, taking_part=due)
+    few, _, _ = _attend(q, keys, values, slots, (since, jnp.reshape(length, 1)), evict, taking_part=~due)
+    assert logits is not None
+    return jnp.where(due[:, None, None], whole, few), _scores(logits, normaliser, due)
+
+
 def chunk(
     q: Float[Array, "B C N H"],
     keys: Float[Array, "B K S H"],
@@ -148,25 +175,35 @@ def _attend(
     ages: tuple[Array, ...] = (),  # int32 [B], [1]
     evict: bool = False,
     keep_logits: bool = False,
+    taking_part: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G"], Float[Array, "B K G S"] | None]:
     """The output, the log of the sum of exponentials of each query head, and the logits if they are wanted. `listed` says
     of each slot whether it is visible; or, with `ages`, it holds slots, and these are `since` and `length` of
-    `reference.recycled`."""
-    inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if ages else ("B-",)))
+    `reference.recycled`. Rows that do not take part read nothing, and what comes out for them means nothing."""
+    rows = () if taking_part is None else (taking_part.astype(jnp.int32),)
+    inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if ages else ("B-",)), *(("B",) if rows else ()))
     outputs = ("BK-", "BK-", "BK--" if keep_logits else None)
-    local = functools.partial(_attend_here, evict=evict, keep_logits=keep_logits)
-    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, listed, *ages)
+    local = functools.partial(_attend_here, evict=evict, keep_logits=keep_logits, indexed=bool(ages), by_row=bool(rows))
+    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, listed, *ages, *rows)
 
 
 def _attend_here(
-    q: Array, keys: Array, values: Array, listed: Array, *ages: Array, evict: bool, keep_logits: bool
+    q: Array,
+    keys: Array,
+    values: Array,
+    listed: Array,
+    *told: Array,
+    evict: bool,
+    keep_logits: bool,
+    indexed: bool,
+    by_row: bool,
 ) -> tuple[Array, Array, Array | None]:
     """`_attend` on one device's share."""
     batch, heads, dim = q.shape
     kv_heads = keys.shape[1]
     groups = heads // kv_heads
     count = listed.shape[-1]
-    split = RECYCLED if ages else FULL
+    split = RECYCLED if indexed else FULL
     row = _power(dim) * (keys.dtype.itemsize + values.dtype.itemsize)
     while split.block > LEAST and row * split.block * (split.stages - 1) > IN_FLIGHT:
         split = split._replace(block=split.block // 2)
@@ -187,10 +224,10 @@ def _attend_here(
     moved = batch * kv_heads * count * dim * (keys.dtype.itemsize + values.dtype.itemsize)
     parts_out = triton.call(
         _part,
-        [*ages, q.reshape(batch, kv_heads, groups, dim), keys, values, listed],
+        [*told, q.reshape(batch, kv_heads, groups, dim), keys, values, listed],
         shapes,
         (batch, kv_heads, programs),
-        "recycled_attention" if ages else "full_attention",
+        "recycled_attention" if indexed else "full_attention",
         warps=split.warps,
         stages=split.stages,
         work=pl.CostEstimate(
@@ -199,7 +236,8 @@ def _attend_here(
         block=split.block,
         share=share,
         programs=programs,
-        indexed=bool(ages),
+        indexed=indexed,
+        by_row=by_row,
         evict=evict,
     )
     logits = parts_out[3][:, :, :groups, :count] if keep_logits else None
@@ -237,17 +275,19 @@ def _put_together(
     peak = jnp.max(peaks)
     weights = jnp.exp(peaks - peak)
     total = jnp.sum(totals * weights)
+    total = jnp.where(total > 0, total, 1)  # a row that took no part
     out = jnp.sum(outs * weights[:, None], axis=0) / total
     plt.store(out_ref.at[row, head, query, lane], out.astype(out_ref.dtype))
     plt.store(normaliser_ref.at[row, head, query], peak + jnp.log(total))
 
 
-def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, evict: bool) -> None:
+def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, by_row: bool, evict: bool) -> None:
     """One program: the softmax of its share of a head's slots, `share` blocks of what is listed and every `programs`-th
     of the range."""
-    ages, (q_ref, keys_ref, values_ref, listed_ref, out_ref, peak_ref, total_ref, *logits_ref) = (
-        (refs[:2], refs[2:]) if indexed else ((), refs)
-    )
+    each = iter(refs)
+    ages = [next(each) for _ in range(2 * indexed)]
+    part_ref = next(each) if by_row else None
+    q_ref, keys_ref, values_ref, listed_ref, out_ref, peak_ref, total_ref, *logits_ref = each
     row, head, part = (pl.program_id(axis) for axis in range(3))
     groups, dim = q_ref.shape[2:]
     count, capacity = listed_ref.shape[-1], keys_ref.shape[2]
@@ -298,7 +338,9 @@ def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, evic
         jnp.zeros(query.shape, jnp.float32),
         jnp.zeros((query.size, lane.size), jnp.float32),
     )
-    state = lax.fori_loop(0, share, visit, state)
+    # one that takes no part reads nothing
+    takes_part = jnp.int32(1) if part_ref is None else plt.load(part_ref.at[row])
+    state = lax.fori_loop(0, share if part_ref is None else share * takes_part, visit, state)
     if indexed:
 
         def visit_newest(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -306,7 +348,7 @@ def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, evic
             return over(jnp.minimum(at, capacity - 1), at < end, carry)[0]
 
         blocks = (end - first + block - 1) // block
-        turns = jnp.maximum(blocks - part + programs - 1, 0) // programs
+        turns = jnp.maximum(blocks - part + programs - 1, 0) // programs * takes_part
         state = lax.fori_loop(0, turns, visit_newest, state)
     peak, total, out = state
     plt.store(out_ref.at[row, head, part, to_query[:, None], to_lane[None, :]], out, mask=is_query & is_lane)

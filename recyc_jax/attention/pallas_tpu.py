@@ -25,6 +25,7 @@ from recyc_jax import projections, sharding
 from recyc_jax.attention.reference import (
     MASKED,
     chunk_with_mass,
+    full_or_recycled,
     pieces_with_weights,
     recycled,
     selected,
@@ -38,6 +39,7 @@ __all__ = [
     "chunk_with_mass",
     "compact",
     "full",
+    "full_or_recycled",
     "full_with_scores",
     "full_with_weights",
     "pieces_with_weights",

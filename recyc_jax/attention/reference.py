@@ -171,6 +171,24 @@ def recycled(
     return selected(q, keys, values, jnp.concatenate([listed, newest], axis=2))
 
 
+def full_or_recycled(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+    due: Bool[Array, " B"],
+    slots: Int[Array, "B K R"],
+    since: Int[Array, " B"],
+    length: Int[Array, ""],
+    evict: bool,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
+    """`full_with_scores` of the rows that are due, `recycled` of the others; their scores are -inf."""
+    out, scores = full_with_scores(q, keys, values, visible)
+    here = due[:, None, None]
+    few = recycled(q, keys, values, slots, since, length, evict)
+    return jnp.where(here, out, few), jnp.where(here, scores, -jnp.inf)
+
+
 def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
     """The R = min(budget, S) best slots in rank order, ties to the lower slot; -1 where the score is -inf. Callers rely on
     the order of the last `ordered` only, at least of the last one."""

@@ -22,7 +22,7 @@ from recyc_jax.attention.api import Implementation
 from recyc_jax.cache import Leaf
 from recyc_jax.config import real_number, whole_number
 from recyc_jax.policies.base import Attended, Caches, Observed, Observes, Policy, Step
-from recyc_jax.policies.recycled_set import AnySet, Ranking, chosen_set, rank
+from recyc_jax.policies.recycled_set import AnySet, Listed, Ranking, chosen_set, rank
 from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
 
 ABLATIONS = ("no_refresh", "no_full_attention")
@@ -43,7 +43,7 @@ class Unsettled:
 
     partial: RecycledState
     query: Leaf | None
-    scores: Leaf  # float32 [B, K, S]: the full step's; zeros where no row took one
+    scores: Leaf  # float32 [B, K, S]: the full step's; where no row took one -inf, which costs a choice nothing
     renew: Leaf  # bool [B]: the row's set is to be chosen anew from them
 
 
@@ -170,9 +170,16 @@ class RecycledAttention(Policy):
 
         def partial() -> Attended:
             out, after, nobody = self.attend(attention, step, state)
-            nothing = jnp.zeros(step.keys.shape[:3], jnp.float32)
+            nothing = jnp.full(step.keys.shape[:3], -jnp.inf, jnp.float32)
             return Attended(out, Unsettled(after, after.query, nothing, nobody), nobody)
 
+        def each_row_its_own(kept: Listed) -> Attended:
+            out, scores = kept.attend_or_all(attention, step, due)
+            query = jnp.where(due[:, None], self.schedule.remember(step.q, step.plain_q), cast(Array, state.query))
+            return Attended(out, Unsettled(state, query, scores, due), due)
+
+        if isinstance(state.kept, Listed) and self.schedule.by_row and self.ablation is None:
+            return each_row_its_own(state.kept)
         return full() if self.schedule.always else lax.cond(jnp.any(due), full, partial)
 
     def settle(self, states: tuple[Unsettled, ...], caches: Caches) -> tuple[RecycledState, ...]:

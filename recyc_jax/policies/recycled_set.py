@@ -127,6 +127,14 @@ class Listed:
         """One query a row over the set, [B, N, H], however many tokens have come since the refresh."""
         return attention.recycled(step.q, step.keys, step.values, self.slots, self.since, step.length, self.evict)
 
+    def attend_or_all(
+        self, attention: Implementation, step: Step, due: Bool[Array, " B"]
+    ) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
+        """`attend`, but rows that are due attend to everything; and these rows' scores, -inf for the others."""
+        return attention.full_or_recycled(
+            step.q, step.keys, step.values, step.visible, due, self.slots, self.since, step.length, self.evict
+        )
+
 
 FEW = 128
 """New tokens up to which `Copied` reads a short piece of the cache."""

@@ -105,6 +105,13 @@ def test_kernels_of_a_layer(h100, kind):
     assert three - two <= KERNELS[kind]
 
 
+def test_layers_that_decide_ask_no_cond(h100):
+    """Each row's kernels look themselves whether it is due; the refresh asks once for all layers."""
+    policy = rj.RecycledAttention(4096, rj.QuerySimilarity(10, 0.8))
+    two, three = (compiled("llama-3.1-8b", layers, 1, 32768, policy, h100)[0].as_text() for layers in (2, 3))
+    assert two.count(" conditional(") == three.count(" conditional(")
+
+
 @pytest.mark.parametrize(
     ("name", "batch", "length", "policy"),
     [
