@@ -73,10 +73,18 @@ def _mean_over_groups(attention: Implementation) -> Any:
         out, weights = attention.full_with_weights(*arrays)
         return out, jnp.log(jnp.maximum(jnp.mean(weights, axis=2), 1e-37))
 
+    def full_or_recycled(q: Any, keys: Any, values: Any, visible: Any, due: Any, *recycled: Any) -> Any:
+        whole, scores = full_with_scores(q, keys, values, visible)
+        here = due[:, None, None]
+        few = attention.recycled(q, keys, values, *recycled)
+        return jnp.where(here, whole, few), jnp.where(here, scores, -jnp.inf)
+
     # every name stands in the object itself: from Python 3.12 on, a run-time check of a protocol looks nowhere else
     names = {*vars(Implementation), *Implementation.__annotations__}
     offered = {name: getattr(attention, name) for name in names if not name.startswith("_")}
-    return types.SimpleNamespace(**offered | {"full_with_scores": full_with_scores})
+    return types.SimpleNamespace(
+        **offered | {"full_with_scores": full_with_scores, "full_or_recycled": full_or_recycled}
+    )
 
 
 def _early(options: Any) -> RecycledAttention:

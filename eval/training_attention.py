@@ -69,7 +69,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     if config.stride >= min(lengths):
         raise ValueError(f"--stride {config.stride} leaves no context of --lengths {min(lengths)}")
     backend.select(config.backend)
-    forms = usable_forms(config.forms)
+    forms = usable_forms(config.forms, config.dtype)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -118,14 +118,17 @@ def form_of(form: str, length: int, stride: int, budget: int) -> Callable[..., j
     return lambda q, k, v: training.recycled(q, k, v, recycle, fused)
 
 
-def usable_forms(text: str) -> list[str]:
-    """The forms that a flag names, but for those that this machine lacks."""
+def usable_forms(text: str, dtype: str) -> list[str]:
+    """The forms that a flag names, but for those that this machine lacks. Raises ValueError for a dtype that they don't
+    take."""
     import jax
 
     forms = command.split("--forms", text)
     if "cudnn" in forms and jax.default_backend() != "gpu":
         print("cudnn is left out: it needs a GPU", flush=True)
         forms.remove("cudnn")
+    if jax.default_backend() == "gpu" and command.dtype_name(dtype) == "float32" and {"cudnn", "paper"} & set(forms):
+        raise ValueError("--dtype float32: the forms cudnn and paper need bfloat16 on a GPU; leave them out of --forms")
     return forms
 
 

@@ -62,7 +62,7 @@ def _prepare(config: Config) -> Callable[[], None]:
         raise ValueError(f"--stride {config.stride} leaves no context of --lengths {min(lengths)}")
     model = speed.shape(config.model)
     backend.select(config.backend)
-    forms = training_attention.usable_forms(config.forms)
+    forms = training_attention.usable_forms(config.forms, config.dtype)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,8 +1,8 @@
 """The decode loop, where model, cache and policy meet, and what is run through it.
 
 `generate` is `prefill` + `decode`. The loop goes period by period: a `lax.scan` of plain (partial) steps, then one deciding
-step, full or partial by a `lax.cond` of the policy, or full without asking where the policy knows. The carry holds the
-KV cache and the policy's state (for recycled attention: the recycled top-K slots of every layer).
+step, full or partial by a `lax.cond` of the policy (or by each row's kernels), or full without asking where the policy
+knows. The carry holds the KV cache and the policy's state (for recycled attention: every layer's recycled top-K slots).
 """
 
 from __future__ import annotations

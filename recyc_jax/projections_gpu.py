@@ -62,7 +62,8 @@ def _columns(tile: _Tile, width: int) -> int:
 
 
 def _runs(x: Array) -> bool:
-    return math.prod(x.shape[:-1]) <= MOST_ROWS and sharding.unsplit()
+    """Few rows, on one device; in float16 x times a norm's scale, before it is divided by its length, may be too large."""
+    return x.dtype != jnp.float16 and math.prod(x.shape[:-1]) <= MOST_ROWS and sharding.unsplit()
 
 
 def _ready(stream: Stream) -> bool:
@@ -121,7 +122,7 @@ def heads_appended(
         [q_shape, q_shape],
         sum(counts) * half // columns,
         HEADS,
-        appended=(keys, values),
+        in_place=(keys, values),
         columns=columns,
         eps=norm.eps,
     )
@@ -174,7 +175,7 @@ def _call(
     shapes: list[jax.ShapeDtypeStruct],
     programs: int,
     tile: _Tile,
-    appended: tuple[Array, ...] = (),
+    in_place: tuple[Array, ...] = (),
     **options: Any,
 ) -> list[Array]:
     """The kernel's outputs of these shapes, and after them arrays that it writes to in place. It gets what it multiplies as
@@ -197,13 +198,13 @@ def _call(
             transcendentals=0,
             bytes_accessed=sum(array.size * array.dtype.itemsize for array in read),
         ),
-        appended=appended,
+        in_place=in_place,
         program=kernel,
         deep=max(16, min(tile.deep, pl.next_power_of_2(features))),
         squared=bool(squares),
         others=len(arrays),
         biased=tuple(linear.bias is not None for linear in linears),
-        written=len(appended),
+        written=len(in_place),
         **options,
     )
 

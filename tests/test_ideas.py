@@ -74,6 +74,20 @@ def test_the_mean_over_a_group_ranks_by_mean_probability():
     np.testing.assert_allclose(out, reference.full(q, k, v, visible), rtol=1e-6)
 
 
+def test_rows_that_are_due_are_ranked_by_it_too():
+    """Where a row's kernels look whether it is due, there is another function to be asked."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8)])
+    visible, slots = jnp.ones((2, 9), jnp.bool_), jnp.zeros((2, 2, 3), jnp.int32)
+    mean = ideas._mean_over_groups(reference)
+    _, want = mean.full_with_scores(q, k, v, visible)
+    rest = jnp.asarray([True, False]), slots, jnp.asarray([9, 9], jnp.int32), jnp.int32(9), True
+    out, got = mean.full_or_recycled(q, k, v, visible, *rest)
+    np.testing.assert_array_equal(got[0], want[0])
+    assert (np.asarray(got[1]) == -np.inf).all()
+    np.testing.assert_allclose(out, reference.full_or_recycled(q, k, v, visible, *rest)[0], rtol=1e-5)
+
+
 def test_without_groups_mean_and_maximum_are_one(tokens):
     config = rj.LlamaConfig.tiny(num_key_value_heads=4)
     params = jax.tree.map(lambda leaf: 4 * leaf, rj.init_params(config, jax.random.key(0)))

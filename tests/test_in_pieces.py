@@ -1,5 +1,7 @@
 """Policies that read copies and pieces, or sets told by bounds, choose what those that keep lists of slots choose."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,28 @@ def test_sets_told_by_bounds(params, config, text, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "recycled:budget=9,check_every=2,threshold=0.3,window=4,decay=1",
+        "recycled:budget=9,check_every=2,threshold=0.3,ablation=no_full_attention",
+    ],
+)
+def test_rows_decide_for_themselves(params, config, text, monkeypatch):
+    """Where a row's kernels look whether it is due: rows of many lengths, of which some end before others."""
+    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+    policy = rj.parse_policy(text)
+    first = rj.generate(params, config, RAGGED, policy=policy, max_new_tokens=NEW, implementation="reference")
+    eos = int(first.tokens[1, 5])
+    want, got = (
+        rj.generate(params, config, RAGGED, policy=policy, max_new_tokens=NEW, implementation=name, eos_ids=(eos,))
+        for name in ("reference", "pallas_gpu")
+    )
+    assert len(set(np.asarray(want.lengths).tolist())) > 1
+    for one, other in zip(want, got, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
     "text", ["full", "recycled:budget=9,stride=4", "recycled:budget=9,check_every=3,threshold=0.1", "h2o:budget=6"]
 )
 def test_the_kernels_in_the_loop(params, config, text):
@@ -86,6 +110,11 @@ def test_kernels_by_platform(monkeypatch, caplog):
     with pytest.raises(ValueError, match="no kernels for cpu, only for gpu, tpu"):
         api.resolve("pallas")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    gpu = types.SimpleNamespace(compute_capability="8.9")
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    assert api.resolve(None) is api.resolve("reference")
+    assert "on this GPU (compute capability 8.9" in caplog.records.pop().message
+    gpu.compute_capability = "9.0"
     assert api.resolve(None) is api.resolve("pallas") is api.resolve("pallas_gpu")
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert api.resolve(None) is api.resolve("pallas") is api.resolve("pallas_tpu")

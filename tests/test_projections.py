@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import triton as plt
 
 from recyc_jax import projections, projections_gpu, rope, sharding
 from recyc_jax.attention import triton
@@ -87,6 +88,14 @@ def test_heads_are_rotated_projections():
         np.testing.assert_allclose(rotated, rope.rotate(jnp.asarray(one, jnp.float32), cos, sin), atol=1e-5)
 
 
+def test_in_float16_they_are_plain():
+    """x times a norm's scale may be too large for it before it is divided by its length."""
+    x, norm = jnp.full((1, 1, 16), 9000, jnp.float16), Norm(jnp.full(16, 8, jnp.float16), 1e-5)
+    linear = Linear(jnp.eye(16, dtype=jnp.float16))
+    out = projections_gpu.gated(projections_gpu.begin(x, norm), norm, linear, linear)
+    assert np.isfinite(np.asarray(out)).all()
+
+
 def test_over_a_mesh_they_are_plain():
     """XLA has to see what it splits."""
     x, norm = jnp.ones((1, 1, 16)), Norm(jnp.ones(16), 1e-5)
@@ -99,3 +108,28 @@ def test_over_a_mesh_they_are_plain():
     with jax.set_mesh(sharding.mesh(1, 1, 1, jax.devices()[:1])):
         assert "pallas_call" not in str(jax.make_jaxpr(run)(x))
     assert "pallas_call" in str(jax.make_jaxpr(run)(x))
+
+
+def test_calls_that_are_alike_are_traced_once(monkeypatch):
+    """A model's layers call the same kernels; what is interpreted is not what is compiled."""
+    traced = []
+
+    def doubled(x_ref, out_ref, *, times):
+        traced.append(times)
+        plt.store(out_ref.at[jnp.arange(16)], plt.load(x_ref.at[jnp.arange(16)]) * times)
+
+    def twice(x, times):
+        shape = [jax.ShapeDtypeStruct((16,), jnp.float32)]
+        for _ in range(2):
+            (x,) = triton.call(doubled, [x], shape, (1,), "doubled", warps=1, stages=1, times=times)
+        return x
+
+    x = jnp.ones(16, jnp.float32)
+    assert np.asarray(jax.jit(twice, static_argnums=1)(x, 2.0)).tolist() == [4.0] * 16
+    assert traced == [2.0]
+    jax.make_jaxpr(lambda x: twice(x, 3.0))(x)
+    assert traced == [2.0, 3.0]
+    if triton.INTERPRET:
+        monkeypatch.setattr(triton, "INTERPRET", False)
+        jax.make_jaxpr(lambda x: twice(x, 3.0))(x)
+        assert traced == [2.0, 3.0, 3.0]

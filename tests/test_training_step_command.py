@@ -3,9 +3,10 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
-from eval import training_step
+from eval import training_attention, training_step
 
 
 def test_rows_of_every_form(tmp_path, capsys, config):
@@ -20,6 +21,13 @@ def test_rows_of_every_form(tmp_path, capsys, config):
         (form, 2, 8) for form in ("dense", "strided", "paper")
     ]
     assert all(row["step_ms"] > 0 and row["mfu"] is None for row in rows)
+
+
+def test_float32_is_refused_where_cudnn_would_be_asked(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match="--dtype float32: the forms cudnn and paper need bfloat16"):
+        training_attention.usable_forms("strided,paper", "float32")
+    assert training_attention.usable_forms("dense,strided", "float32") == ["dense", "strided"]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,8 @@ IMPLEMENTATIONS = {
 """The modules; kernels are imported when they are first asked for."""
 
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # by the platform that JAX runs on
+_ROOMY = ("8.0", "9.0", "10.0", "10.3")
+"""Compute capabilities of NVIDIA GPUs with the shared memory that the kernels take: A100, H100, B200 and their like."""
 
 
 @functools.cache
@@ -87,12 +89,21 @@ def _say_once(line: str) -> None:
 
 def resolve(name: str | None) -> Implementation:
     """The implementation of that name. `"pallas"` takes the kernels of the platform that JAX runs on or raises. None takes
-    them too where there are any and this JAX has what they are written in, elsewhere the plain functions (`"reference"`).
+    them too where there are any, the GPU has room for them and this JAX has what they are written in, elsewhere the plain
+    functions (`"reference"`).
 
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        name = _KERNELS.get(jax.default_backend(), "reference")
+        platform = jax.default_backend()
+        name = _KERNELS.get(platform, "reference")
+        capability = str(getattr(jax.devices()[0], "compute_capability", "none")) if platform == "gpu" else ""
+        if platform == "gpu" and capability not in _ROOMY:
+            _say_once(
+                f"the kernels have not the shared memory that they take on this GPU (compute capability {capability}; "
+                f"they are for {', '.join(_ROOMY)}): attention is plain"
+            )
+            name = "reference"
         try:
             return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
         except ImportError as error:

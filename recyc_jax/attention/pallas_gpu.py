@@ -104,6 +104,7 @@ def full_with_scores(
 
 
 def _scores(logits: Float[Array, "B K G S"], normaliser: Float[Array, "B K G"], due: Array | None = None) -> Array:
+    """What `full_with_scores` returns; -inf for rows that are not due."""
     scores = jnp.max(logits - normaliser[..., None], axis=2)
     if due is not None:
         scores = jnp.where(due[:, None, None], scores, -jnp.inf)
@@ -147,9 +148,10 @@ def full_or_recycled(
     evict: bool,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
     """As `reference.full_or_recycled`. Each row's programs read what the row attends to: two kernels, of which one has
-    nothing to do for the row, cost less than asking the device by a cond which it is."""
-    whole, normaliser, logits = _attend(q, keys, values, visible.astype(jnp.int8), keep_logits=True, taking_part=due)
-    few, _, _ = _attend(q, keys, values, slots, (since, jnp.reshape(length, 1)), evict, taking_part=~due)
+    nothing to do for the row, in place of a cond, at which the device waits. (Scores are made of every row, due or not:
+    4 bytes a slot and query head are read.)"""
+    whole, normaliser, logits = _attend(q, keys, values, visible.astype(jnp.int8), keep_logits=True, wanted=due)
+    few, _, _ = _attend(q, keys, values, slots, (since, jnp.reshape(length, 1)), evict, wanted=~due)
     assert logits is not None
     return jnp.where(due[:, None, None], whole, few), _scores(logits, normaliser, due)
 
@@ -175,15 +177,15 @@ def _attend(
     ages: tuple[Array, ...] = (),  # int32 [B], [1]
     evict: bool = False,
     keep_logits: bool = False,
-    taking_part: Bool[Array, " B"] | None = None,
+    wanted: Bool[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G"], Float[Array, "B K G S"] | None]:
     """The output, the log of the sum of exponentials of each query head, and the logits if they are wanted. `listed` says
     of each slot whether it is visible; or, with `ages`, it holds slots, and these are `since` and `length` of
-    `reference.recycled`. Rows that do not take part read nothing, and what comes out for them means nothing."""
-    rows = () if taking_part is None else (taking_part.astype(jnp.int32),)
+    `reference.recycled`. Rows that are not wanted read nothing, and what comes out for them means nothing."""
+    rows = () if wanted is None else (wanted.astype(jnp.int32),)
     inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if ages else ("B-",)), *(("B",) if rows else ()))
     outputs = ("BK-", "BK-", "BK--" if keep_logits else None)
-    local = functools.partial(_attend_here, evict=evict, keep_logits=keep_logits, indexed=bool(ages), by_row=bool(rows))
+    local = functools.partial(_attend_here, evict=evict, keep_logits=keep_logits, indexed=bool(ages), asked=bool(rows))
     return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, listed, *ages, *rows)
 
 
@@ -196,7 +198,7 @@ def _attend_here(
     evict: bool,
     keep_logits: bool,
     indexed: bool,
-    by_row: bool,
+    asked: bool,
 ) -> tuple[Array, Array, Array | None]:
     """`_attend` on one device's share."""
     batch, heads, dim = q.shape
@@ -237,7 +239,7 @@ def _attend_here(
         share=share,
         programs=programs,
         indexed=indexed,
-        by_row=by_row,
+        asked=asked,
         evict=evict,
     )
     logits = parts_out[3][:, :, :groups, :count] if keep_logits else None
@@ -275,18 +277,18 @@ def _put_together(
     peak = jnp.max(peaks)
     weights = jnp.exp(peaks - peak)
     total = jnp.sum(totals * weights)
-    total = jnp.where(total > 0, total, 1)  # a row that took no part
+    total = jnp.where(total > 0, total, 1)  # a row that is not wanted
     out = jnp.sum(outs * weights[:, None], axis=0) / total
     plt.store(out_ref.at[row, head, query, lane], out.astype(out_ref.dtype))
     plt.store(normaliser_ref.at[row, head, query], peak + jnp.log(total))
 
 
-def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, by_row: bool, evict: bool) -> None:
+def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, asked: bool, evict: bool) -> None:
     """One program: the softmax of its share of a head's slots, `share` blocks of what is listed and every `programs`-th
     of the range."""
     each = iter(refs)
     ages = [next(each) for _ in range(2 * indexed)]
-    part_ref = next(each) if by_row else None
+    wanted_ref = next(each) if asked else None
     q_ref, keys_ref, values_ref, listed_ref, out_ref, peak_ref, total_ref, *logits_ref = each
     row, head, part = (pl.program_id(axis) for axis in range(3))
     groups, dim = q_ref.shape[2:]
@@ -338,9 +340,8 @@ def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, by_r
         jnp.zeros(query.shape, jnp.float32),
         jnp.zeros((query.size, lane.size), jnp.float32),
     )
-    # one that takes no part reads nothing
-    takes_part = jnp.int32(1) if part_ref is None else plt.load(part_ref.at[row])
-    state = lax.fori_loop(0, share if part_ref is None else share * takes_part, visit, state)
+    wanted = jnp.int32(1) if wanted_ref is None else plt.load(wanted_ref.at[row])
+    state = lax.fori_loop(0, share if wanted_ref is None else share * wanted, visit, state)
     if indexed:
 
         def visit_newest(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -348,7 +349,7 @@ def _part(*refs: Any, block: int, share: int, programs: int, indexed: bool, by_r
             return over(jnp.minimum(at, capacity - 1), at < end, carry)[0]
 
         blocks = (end - first + block - 1) // block
-        turns = jnp.maximum(blocks - part + programs - 1, 0) // programs * takes_part
+        turns = jnp.maximum(blocks - part + programs - 1, 0) // programs * wanted
         state = lax.fori_loop(0, turns, visit_newest, state)
     peak, total, out = state
     plt.store(out_ref.at[row, head, part, to_query[:, None], to_lane[None, :]], out, mask=is_query & is_lane)

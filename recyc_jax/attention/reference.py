@@ -1,4 +1,4 @@
-"""Attention in plain jax.numpy: the oracle of every other implementation, and the default.
+"""Attention in plain jax.numpy: the oracle of every other implementation, and the default on a CPU.
 
 Letters: B batch, T and C queries, S cache slots, R selected slots, N query heads, K key/value heads, G = N // K query
 heads a group, H head dim. Logits and softmax are float32 whatever the inputs' dtype; the probabilities are

@@ -26,7 +26,7 @@ class _Launch(NamedTuple):
     warps: int
     stages: int
     work: pl.CostEstimate | None
-    appended: int
+    written: int  # of the last arrays
     interpret: bool
 
 
@@ -40,14 +40,15 @@ def call(
     warps: int,
     stages: int,
     work: pl.CostEstimate | None = None,
-    appended: Sequence[Array] = (),
+    in_place: Sequence[Array] = (),
     **options: Any,
 ) -> list[Array]:
-    """A kernel's outputs, and after them `appended`, which it writes to in place. It gets references to the arrays, to
-    `appended` as it comes in, to the outputs and to `appended`, and the options by name, which have to be hashable.
+    """A kernel's outputs, and after them the arrays of `in_place`, which it writes to. It gets references to the arrays, to
+    those of `in_place` as they come in, to the outputs and to those of `in_place`, and the options by name, which have to
+    be hashable.
 
     Calls that are alike, as those of a model's layers are, are traced and lowered once: else that would be most of the
-    time that it takes to compile a decoder.
+    time that it takes to compile a decoder. So a kernel reads nothing that may change but its options and `INTERPRET`.
     """
     launch = _Launch(
         kernel,
@@ -58,21 +59,21 @@ def call(
         warps,
         stages,
         work,
-        len(appended),
+        len(in_place),
         INTERPRET,
     )
-    return _call((*arrays, *appended), launch)
+    return _call((*arrays, *in_place), launch)
 
 
 @functools.partial(jax.jit, static_argnames="launch")
 def _call(arrays: tuple[Array, ...], launch: _Launch) -> list[Array]:
-    first = len(arrays) - launch.appended
+    first = len(arrays) - launch.written
     written = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[first:]]
     return pl.pallas_call(
         functools.partial(launch.kernel, **dict(launch.options)),
         out_shape=[*launch.shapes, *written],
         grid=launch.grid,
-        input_output_aliases={first + number: len(launch.shapes) + number for number in range(launch.appended)},
+        input_output_aliases={first + number: len(launch.shapes) + number for number in range(launch.written)},
         compiler_params=plt.CompilerParams(num_warps=launch.warps, num_stages=launch.stages),
         cost_estimate=launch.work,
         interpret=launch.interpret,

@@ -43,7 +43,7 @@ class Unsettled:
 
     partial: RecycledState
     query: Leaf | None
-    scores: Leaf  # float32 [B, K, S]: the full step's; where no row took one -inf, which costs a choice nothing
+    scores: Leaf  # float32 [B, K, S]: the full step's; -inf, by which a choice is soon made, where there was none
     renew: Leaf  # bool [B]: the row's set is to be chosen anew from them
 
 
@@ -191,7 +191,7 @@ class RecycledAttention(Policy):
             for kept, state, layer_scores in zip(self._choose(scores, caches), states, scores, strict=True):
                 remembered = None if self.decay is None else layer_scores
                 fresh = RecycledState(kept, state.query, remembered)
-                if self.schedule.by_row:  # else all rows are due at once, but for such as have ended
+                if not self.schedule.always:  # else all are due at once, but for rows that have ended
                     fresh = _by_row(state.renew, fresh, dataclasses.replace(state.partial, query=state.query))
                 made.append(fresh)
             return tuple(made)

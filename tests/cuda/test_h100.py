@@ -147,6 +147,7 @@ def test_other_sizes_fit(h100, dim, dtype):
         return (
             pallas_gpu.full_with_scores(q, keys, values, visible),
             pallas_gpu.recycled(q, keys, values, slots, starts, length, True),
+            pallas_gpu.full_or_recycled(q, keys, values, visible, starts > 0, slots, starts, length, True),
             pallas_gpu.chunk(chunk, keys, values, starts, length),
         )
 
