@@ -1,7 +1,8 @@
 """The full KV cache: one pair of arrays a layer, never evicted, appended in place.
 
 Rows are right-aligned: every row's newest token sits in the same slot, so appending is one `dynamic_update_slice`
-for the whole batch, and row b's tokens start at slot `starts[b]`. A token's RoPE position is `slot - starts[b]`.
+for the whole batch (or a kernel's write), and row b's tokens start at slot `starts[b]`. A token's RoPE position is
+`slot - starts[b]`.
 One array per layer (rather than a stacked [L, ...] one) is what lets XLA update it in place in every form of loop.
 
 An implementation may want the slots last in memory (`SLOTS_LAST`). `keys` and `values` are [B, K, S, H] either way: inside

@@ -1,8 +1,8 @@
 """`projections` on NVIDIA GPUs for a few rows: a Pallas (Triton) kernel that reads every weight once.
 
 A program makes a few columns of the output from all of x, so nothing is put together afterwards; the next weights are on
-their way while the last ones are multiplied. For more rows than `MOST_ROWS`, and over a mesh, whose axes XLA has to see, it
-is the plain functions that run.
+their way while the last ones are multiplied. For more rows than `MOST_ROWS`, in float16, and over a mesh, whose axes XLA
+has to see, it is the plain functions that run.
 """
 
 from __future__ import annotations
@@ -79,16 +79,8 @@ def begin(x: Float[Array, "B T D"], after: Norm | None) -> Stream:
     return Stream(x, x * after.scale.astype(x.dtype), jnp.sum(wide * wide, axis=-1, keepdims=True))
 
 
-def heads(
-    stream: Stream,
-    norm: Norm,
-    linears: ToHeads,
-    cos: Float[Array, "B T H2"],
-    sin: Float[Array, "B T H2"],
-    dim: int,
-) -> Heads:
-    """As `projections.heads`: the plain ones, for it is `heads_appended` that decoding asks for."""
-    return projections.heads(stream, norm, linears, cos, sin, dim)
+heads = projections.heads
+"""The plain ones: it is `heads_appended` that decoding asks for."""
 
 
 def heads_appended(

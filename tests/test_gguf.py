@@ -138,7 +138,7 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path, monkeypatch):
     write(tmp_path / "m.gguf", params, config)
 
     def refuse(data, kind):
-        raise NotImplementedError
+        raise NotImplementedError  # as the library does for a type that it cannot dequantise
 
     monkeypatch.setattr(gguf.quants, "dequantize", refuse)
     with pytest.raises(ValueError, match=r"m\.gguf: tensor token_embd\.weight has type F32, which is not supported"):

@@ -95,15 +95,15 @@ def resolve(name: str | None) -> Implementation:
     Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
     """
     if name is None:
-        platform = jax.default_backend()
-        name = _KERNELS.get(platform, "reference")
-        capability = str(getattr(jax.devices()[0], "compute_capability", "none")) if platform == "gpu" else ""
-        if platform == "gpu" and capability not in _ROOMY:
-            _say_once(
-                f"the kernels have not the shared memory that they take on this GPU (compute capability {capability}; "
-                f"they are for {', '.join(_ROOMY)}): attention is plain"
-            )
-            name = "reference"
+        name = _KERNELS.get(jax.default_backend(), "reference")
+        if name == "pallas_gpu":
+            capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+            if capability not in _ROOMY:
+                _say_once(
+                    f"the kernels need more shared memory than is sure to be on this GPU (compute capability {capability}; "
+                    f"they are for {', '.join(_ROOMY)}): attention is plain"
+                )
+                name = "reference"
         try:
             return cast(Implementation, importlib.import_module(IMPLEMENTATIONS[name]))
         except ImportError as error:

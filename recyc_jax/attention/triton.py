@@ -47,8 +47,8 @@ def call(
     those of `in_place` as they come in, to the outputs and to those of `in_place`, and the options by name, which have to
     be hashable.
 
-    Calls that are alike, as those of a model's layers are, are traced and lowered once: else that would be most of the
-    time that it takes to compile a decoder. So a kernel reads nothing that may change but its options and `INTERPRET`.
+    Calls that are alike, as those of a model's layers are, are traced and lowered once: else that would be half of
+    the time that it takes to compile a decoder. So a kernel reads nothing that may change but its options and `INTERPRET`.
     """
     launch = _Launch(
         kernel,
