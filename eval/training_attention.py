@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import jax
 
 FORMS = ("dense", "cudnn", "strided", "paper")
+Implementation = Literal["auto", "reference", "cudnn", "pallas"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Config:
     """Keys that a selection keeps; at most a quarter of the length is taken."""
     forms: str = "dense,cudnn,strided,paper"
     """Comma-separated: dense (in blocks, plain JAX), cudnn (GPU), strided, paper."""
+    implementation: Implementation = "auto"
+    """Of strided and paper, as `train.continued_pretrain --attention` has it."""
     repeats: int = 3
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     backend: Backend = "auto"
@@ -70,14 +73,15 @@ def _prepare(config: Config) -> Callable[[], None]:
         raise ValueError(f"--stride {config.stride} leaves no context of --lengths {min(lengths)}")
     backend.select(config.backend)
     forms = usable_forms(config.forms, config.dtype)
+    implementation = recycles_by(config.implementation, config.dtype, config.head_dim)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {config.out}: {error.strerror}") from None
-    return lambda: _measure(config, lengths, forms)
+    return lambda: _measure(config, lengths, forms, implementation)
 
 
-def _measure(config: Config, lengths: list[int], forms: list[str]) -> None:
+def _measure(config: Config, lengths: list[int], forms: list[str], implementation: str) -> None:
     import jax
     from rich.console import Console
     from rich.table import Table
@@ -91,7 +95,7 @@ def _measure(config: Config, lengths: list[int], forms: list[str]) -> None:
         for length in lengths:
             for form in forms:
                 command.heed_interrupt()
-                row = _row(config, length, form)
+                row = _row(config, length, form, implementation)
                 rows.write(json.dumps(row | {"device": device.device_kind, "jax": jax.__version__}) + "\n")
                 rows.flush()
                 values = (row["forward_ms"], row["step_ms"], row["temp_gib"])
@@ -104,18 +108,29 @@ def _measure(config: Config, lengths: list[int], forms: list[str]) -> None:
     print(f"{file} holds the results")
 
 
-def form_of(form: str, length: int, stride: int, budget: int) -> Callable[..., jax.Array]:
-    """The attention of that name, (q, k, v) -> out."""
-    import jax
-
-    from recyc_jax.attention import training
+def form_of(form: str, length: int, stride: int, budget: int, implementation: str) -> Callable[..., jax.Array]:
+    """The attention of that name, (q, k, v) -> out; of recycled forms by an implementation."""
+    from recyc_jax.attention import training_api
     from recyc_jax.attention.training import Recycle
 
-    fused = training.causal_cudnn if jax.default_backend() == "gpu" else training.causal
     if form in ("dense", "cudnn"):
-        return training.causal if form == "dense" else training.causal_cudnn
-    recycle = Recycle(1, stride, budget) if form == "strided" else Recycle(length - stride, stride + 1, budget)
-    return lambda q, k, v: training.recycled(q, k, v, recycle, fused)
+        attend = training_api.attention({"dense": "reference", "cudnn": "cudnn"}[form], None)
+    else:
+        recycle = Recycle(1, stride, budget) if form == "strided" else Recycle(length - stride, stride + 1, budget)
+        attend = training_api.attention(implementation, recycle)
+    return lambda q, k, v: attend(q, k, v, None)
+
+
+def recycles_by(implementation: str, dtype: str, head_dim: int) -> str:
+    """The implementation of the recycled forms. Raises ValueError for one that can't be had here."""
+    from recyc_jax.attention import training_api
+
+    about = command.dtype_name(dtype), head_dim, False
+    if implementation == "auto":
+        return training_api.best(True, *about)
+    if lacking := training_api.lacking(implementation, *about):
+        raise ValueError(f"--implementation {implementation} needs {' and '.join(lacking)}")
+    return implementation
 
 
 def usable_forms(text: str, dtype: str) -> list[str]:
@@ -127,8 +142,8 @@ def usable_forms(text: str, dtype: str) -> list[str]:
     if "cudnn" in forms and jax.default_backend() != "gpu":
         print("cudnn is left out: it needs a GPU", flush=True)
         forms.remove("cudnn")
-    if jax.default_backend() == "gpu" and command.dtype_name(dtype) == "float32" and {"cudnn", "paper"} & set(forms):
-        raise ValueError("--dtype float32: the forms cudnn and paper need bfloat16 on a GPU; leave them out of --forms")
+    if "cudnn" in forms and command.dtype_name(dtype) == "float32":
+        raise ValueError("--dtype float32: the form cudnn needs bfloat16; leave it out of --forms")
     return forms
 
 
@@ -139,12 +154,12 @@ def check_forms(text: str) -> None:
             raise ValueError(f"--forms: {form!r} is unknown; there is {', '.join(FORMS)}")
 
 
-def _row(config: Config, length: int, form: str) -> dict[str, Any]:
+def _row(config: Config, length: int, form: str, implementation: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
     budget = min(config.budget, length // 4)
-    attend = form_of(form, length, config.stride, budget)
+    attend = form_of(form, length, config.stride, budget, implementation)
     dtype = jnp.dtype(command.dtype_name(config.dtype))
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = [(config.batch_size, length, count, config.head_dim) for count in (config.heads, *2 * [config.kv_heads])]
@@ -160,6 +175,7 @@ def _row(config: Config, length: int, form: str) -> dict[str, Any]:
     return {
         "length": length,
         "form": form,
+        "implementation": {"dense": "reference", "cudnn": "cudnn"}.get(form, implementation),
         "batch_size": config.batch_size,
         "heads": config.heads,
         "kv_heads": config.kv_heads,

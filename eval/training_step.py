@@ -38,6 +38,8 @@ class Config:
     """Keys that a selection keeps; at most a quarter of the length is taken."""
     forms: str = "cudnn,strided"
     """Comma-separated: dense (in blocks, plain JAX), cudnn (GPU), strided, paper."""
+    implementation: training_attention.Implementation = "auto"
+    """Of strided and paper, as `train.continued_pretrain --attention` has it."""
     remat: Literal["full", "dots", "none"] = "full"
     repeats: int = 3
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -63,14 +65,15 @@ def _prepare(config: Config) -> Callable[[], None]:
     model = speed.shape(config.model)
     backend.select(config.backend)
     forms = training_attention.usable_forms(config.forms, config.dtype)
+    implementation = training_attention.recycles_by(config.implementation, config.dtype, model.head_dim)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--out {config.out}: {error.strerror}") from None
-    return lambda: _measure(config, model, lengths, forms)
+    return lambda: _measure(config, model, lengths, forms, implementation)
 
 
-def _measure(config: Config, model: LlamaConfig, lengths: list[int], forms: list[str]) -> None:
+def _measure(config: Config, model: LlamaConfig, lengths: list[int], forms: list[str], implementation: str) -> None:
     import jax
     from rich.console import Console
     from rich.table import Table
@@ -83,7 +86,7 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int], forms: list
         for length in lengths:
             for form in forms:
                 command.heed_interrupt()
-                row = _row(config, model, length, form) | {"device": kind, "jax": jax.__version__}
+                row = _row(config, model, length, form, implementation) | {"device": kind, "jax": jax.__version__}
                 rows.write(json.dumps(row) + "\n")
                 rows.flush()
                 mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
@@ -94,7 +97,7 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int], forms: list
     print(f"{file} holds the results")
 
 
-def _row(config: Config, model: LlamaConfig, length: int, form: str) -> dict[str, Any]:
+def _row(config: Config, model: LlamaConfig, length: int, form: str, implementation: str) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
@@ -103,7 +106,7 @@ def _row(config: Config, model: LlamaConfig, length: int, form: str) -> dict[str
     from train import forward, metrics, step
 
     count, budget = max(1, config.tokens // length), min(config.budget, length // 4)
-    attend = training_attention.form_of(form, length, config.stride, budget)
+    attend = training_attention.form_of(form, length, config.stride, budget, implementation)
     mesh = sharding.mesh(1, 1, 1, jax.devices()[:1])
     optimizer = step.Optimizer(1e-5, "constant", 0, 1, 0.1, 1.0, "adamw")
     dtype = jnp.dtype(command.dtype_name(config.dtype))
@@ -141,6 +144,7 @@ def _row(config: Config, model: LlamaConfig, length: int, form: str) -> dict[str
         "length": length,
         "rows": count,
         "form": form,
+        "implementation": {"dense": "reference", "cudnn": "cudnn"}.get(form, implementation),
         "stride": config.stride,
         "budget": budget,
         "remat": config.remat,

@@ -23,11 +23,11 @@ def test_rows_of_every_form(tmp_path, capsys, config):
     assert all(row["step_ms"] > 0 and row["mfu"] is None for row in rows)
 
 
-def test_float32_is_refused_where_cudnn_would_be_asked(monkeypatch):
+def test_float32_is_refused_where_cudnn_is_asked_for(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with pytest.raises(ValueError, match="--dtype float32: the forms cudnn and paper need bfloat16"):
-        training_attention.usable_forms("strided,paper", "float32")
-    assert training_attention.usable_forms("dense,strided", "float32") == ["dense", "strided"]
+    with pytest.raises(ValueError, match="--dtype float32: the form cudnn needs bfloat16"):
+        training_attention.usable_forms("strided,cudnn", "float32")
+    assert training_attention.usable_forms("dense,strided,paper", "float32") == ["dense", "strided", "paper"]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,7 @@ def test_float32_is_refused_where_cudnn_would_be_asked(monkeypatch):
         (["--model", "llama-9"], "--model 'llama-9' is no known shape"),
         (["--lengths", "50"], "--stride 50 leaves no context of --lengths 50"),
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--implementation", "pallas"], "--implementation pallas needs an NVIDIA GPU of compute capability"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, message, capsys, tmp_path):

@@ -108,9 +108,10 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation; parameters and optimizer stay float32. auto: bfloat16 on accelerators, float32 on CPU."""
     remat: Literal["full", "dots", "none"] = "full"
-    """What is computed again for the gradient: all of a layer, all but its matrix products, or nothing."""
-    attention: Literal["auto", "reference", "cudnn"] = "auto"
-    """Of ordinary causal attention. auto: cudnn on a GPU where dtype and rows allow it."""
+    """Computed again for the gradient: a layer but for its attention; but for its matrix products too; or nothing."""
+    attention: Literal["auto", "reference", "cudnn", "pallas"] = "auto"
+    """reference: plain JAX. cudnn: cuDNN's causal attention, recycled in plain JAX. pallas: cuDNN's, recycled by kernels.
+    auto: the last of these that GPU, dtype and rows allow."""
     fsdp: int = 1
     """Devices that parameters are split over."""
     tensor: int = 1

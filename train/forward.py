@@ -15,14 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from recyc_jax import model, rope
-from recyc_jax.attention.training import SELECTION
+from recyc_jax.attention.training import Attention, keeps
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Params, Project
 from recyc_jax.projections import Stream
 
 Remat = Literal["full", "dots", "none"]
-Attention = Callable[[Array, Array, Array, Array | None], Array]
-"""(q [B, T, N, H], k, v [B, T, K, H], segments [B, T] or None) -> [B, T, N, H]."""
+"""What is computed again for a layer's gradient: all but its attention, all but its matrix products too, or nothing."""
 
 _LOSS_BLOCK = 512
 """Tokens of a row whose logits are in memory at once."""
@@ -101,9 +100,8 @@ def _hidden_states(
         out: Any = block.apply({"params": layer_params}, Stream(x), cos, sin, attend, None)
         return place(out[0].x), None
 
-    kept = jax.checkpoint_policies.save_only_these_names(SELECTION)
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policies = {"full": kept, "dots": jax.checkpoint_policies.save_from_both_policies(kept, dots)}
+    policies = {"full": keeps, "dots": jax.checkpoint_policies.save_from_both_policies(keeps, dots)}
     if remat != "none":
         layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)  # a scan is boundary enough
     x, _ = lax.scan(layer, x, params["layers"])

@@ -90,7 +90,7 @@ class _Loop:
         self.peak = metrics.peak_flops(kind)
         self.say(
             f"{'begins' if restored is None else f'goes on from step {begun}'}, to step {plan.optimizer.steps}; "
-            f"causal attention: {plan.attention}"
+            f"attention: {plan.attention}"
         )
 
     def say(self, line: str) -> None:

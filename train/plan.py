@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 import recyc_jax as rj
 from eval import backend, command, documents
 from recyc_jax import pretrained, sharding
+from recyc_jax.attention import training_api
 from recyc_jax.attention.training import Recycle
 from train import data, evaluate, program, step
 from train.checkpoint import Card, Checkpoints, shapes_of
@@ -285,27 +286,13 @@ def _mesh(config: Config, model: rj.LlamaConfig) -> Mesh:
 
 
 def _attention(config: Config, model: rj.LlamaConfig, dtype: str, packed: bool) -> str:
-    """The implementation of causal attention, by a rule that is said once."""
-    able = {
-        "an NVIDIA GPU of compute capability 8.0 or more": _capability() >= 8,
-        "a 16-bit dtype": dtype == "bfloat16",
-        "one document a row": not packed,
-        "a head dimension that is a multiple of 8, at most 128": model.head_dim % 8 == 0 and model.head_dim <= 128,
-    }
-    lacking = [name for name, there in able.items() if not there]
-    if config.attention == "cudnn" and lacking:
-        raise ValueError(f"--attention cudnn needs {' and '.join(lacking)}")
-    if config.attention != "auto":
-        return config.attention
-    return "reference" if lacking else "cudnn"
-
-
-def _capability() -> float:
-    """The CUDA compute capability of the first device; 0 where it has none."""
-    try:
-        return float(getattr(jax.devices()[0], "compute_capability", 0))
-    except ValueError:  # ROCm's is a name
-        return 0
+    """The implementation of attention, by a rule that is said once."""
+    about = dtype, model.head_dim, packed
+    if config.attention == "auto":
+        return training_api.best(config.recycle != "off", *about)
+    if lacking := training_api.lacking(config.attention, *about):
+        raise ValueError(f"--attention {config.attention} needs {' and '.join(lacking)}")
+    return config.attention
 
 
 def _weights_fingerprint(folder: Path) -> str:

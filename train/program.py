@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import recyc_jax as rj
 from recyc_jax import pretrained, sharding
-from recyc_jax.attention import training
+from recyc_jax.attention import training_api
 from train import forward, step
 
 if TYPE_CHECKING:
@@ -39,17 +39,11 @@ def abstract_batch(plan: Plan) -> dict[str, Any]:
 
 def compiled_step(plan: Plan, state: Any) -> Any:
     """The training step, compiled for these shapes and places."""
-    dense = {"reference": training.causal, "cudnn": training.causal_cudnn}[plan.attention]
-    recycle = plan.recycle
-
-    def attend(q: Any, k: Any, v: Any, segments: Any) -> Any:
-        return dense(q, k, v, segments) if recycle is None else training.recycled(q, k, v, recycle, dense)
-
     taken = functools.partial(
         step.train_step,
         config=plan.model,
         optimizer=plan.optimizer,
-        attention=step.attention_over(plan.mesh, attend),
+        attention=step.attention_over(plan.mesh, training_api.attention(plan.attention, plan.recycle)),
         mesh=plan.mesh,
         accumulate=plan.config.accumulate,
         compute_dtype=plan.compute_dtype,

@@ -78,7 +78,7 @@ IMPLEMENTATIONS = {
 """The modules; kernels are imported when they are first asked for."""
 
 _KERNELS = {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}  # by the platform that JAX runs on
-_ROOMY = ("8.0", "9.0", "10.0", "10.3")
+ROOMY = ("8.0", "9.0", "10.0", "10.3")
 """Compute capabilities of NVIDIA GPUs with the shared memory that the kernels take: A100, H100, B200 and their like."""
 
 
@@ -98,10 +98,10 @@ def resolve(name: str | None) -> Implementation:
         name = _KERNELS.get(jax.default_backend(), "reference")
         if name == "pallas_gpu":
             capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-            if capability not in _ROOMY:
+            if capability not in ROOMY:
                 _say_once(
                     f"the kernels need more shared memory than is sure to be on this GPU (compute capability {capability}; "
-                    f"they are for {', '.join(_ROOMY)}): attention is plain"
+                    f"they are for {', '.join(ROOMY)}): attention is plain"
                 )
                 name = "reference"
         try:

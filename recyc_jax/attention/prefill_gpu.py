@@ -42,24 +42,61 @@ def chunk(
 
 def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> Array:
     """`chunk` on one device's share."""
-    batch, width, heads, dim = q.shape
+    (out,) = _call(q, keys, values, starts, offset, "chunk_attention", dim=q.shape[-1], step=1, keep_normaliser=False)
+    return out[:, : q.shape[1], :, : q.shape[-1]]
+
+
+def strided(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    first: int,
+    step: int,
+    dim: int,
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"]]:
+    """Attention of the tokens `first`, `first + step`, ... to all up to themselves, and the log2 of its sum of
+    exponentials, on one device. Head dims are padded to a power of two, of which `dim` mean something."""
+    starts, offset = jnp.zeros(q.shape[0], jnp.int32), jnp.full(1, first, jnp.int32)
+    out, normaliser = _call(
+        q, keys, values, starts, offset, "selecting_attention", dim=dim, step=step, keep_normaliser=True
+    )
+    return out[:, : q.shape[1]], normaliser[:, : q.shape[1]]
+
+
+def _call(
+    q: Array,
+    keys: Array,
+    values: Array,
+    starts: Array,
+    offset: Array,
+    name: str,
+    *,
+    dim: int,
+    step: int,
+    keep_normaliser: bool,
+) -> list[Array]:
+    """The outputs, of whole blocks of queries and padded head dims, and normalisers where they are kept."""
+    batch, width, heads, _ = q.shape
     queries = min(QUERIES, max(16, pl.next_power_of_2(width)))
     blocks = pl.cdiv(width, queries)
-    lanes = max(16, pl.next_power_of_2(dim))
+    lanes = max(16, pl.next_power_of_2(q.shape[-1]))
     # whole blocks and tiles: what is past the end is cut off
-    padded = jnp.pad(q, ((0, 0), (0, blocks * queries - width), (0, 0), (0, lanes - dim)))
-    (out,) = triton.call(
+    padded = jnp.pad(q, ((0, 0), (0, blocks * queries - width), (0, 0), (0, lanes - q.shape[-1])))
+    shapes = [jax.ShapeDtypeStruct(padded.shape, q.dtype)]
+    if keep_normaliser:
+        shapes.append(jax.ShapeDtypeStruct(padded.shape[:3], jnp.float32))
+    return triton.call(
         _attend,
         [padded, keys, values, starts, offset],
-        [jax.ShapeDtypeStruct(padded.shape, q.dtype)],
+        shapes,
         (blocks, heads, batch),
-        "chunk_attention",
+        name,
         warps=4,
         stages=2,
         dim=dim,
         queries=queries,
+        step=step,
     )
-    return out[:, :width, :, :dim]
 
 
 def _attend(
@@ -69,26 +106,28 @@ def _attend(
     starts_ref: Any,
     offset_ref: Any,
     out_ref: Any,
-    *,
+    *normaliser_ref: Any,
     dim: int,
     queries: int,
+    step: int,
 ) -> None:
-    """One program."""
+    """One program. Queries stand `step` slots apart."""
     number, head, row = (pl.program_id(axis) for axis in range(3))
     kv_head = head // (q_ref.shape[2] // keys_ref.shape[1])
     capacity = keys_ref.shape[2]
     query, lane, lanes = number * queries + jnp.arange(queries), jnp.arange(q_ref.shape[3]), jnp.arange(SLOTS)
     start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
-    own = offset + query  # the queries' slots
-    near_lane = lane if lane.size == dim else jnp.minimum(lane, dim - 1)
+    own = offset + query * step  # the queries' slots
+    held = keys_ref.shape[3]
+    near_lane = lane if lane.size == held else jnp.minimum(lane, held - 1)
     q = plt.load(q_ref.at[row, query[:, None], head, lane[None, :]])
     scale = dim**-0.5 * math.log2(math.e)
 
     def load(ref: Any, slot: Array, masked: bool) -> Array:
-        if not masked and lane.size == dim:
+        if not masked and lane.size == held:
             return plt.load(ref.at[row, kv_head, slot[:, None], lane[None, :]])
         at = jnp.minimum(slot, capacity - 1)[:, None]
-        inside = jnp.broadcast_to((lane < dim)[None, :] & (slot < capacity)[:, None], (lanes.size, lane.size))
+        inside = jnp.broadcast_to((lane < held)[None, :] & (slot < capacity)[:, None], (lanes.size, lane.size))
         return plt.load(ref.at[row, kv_head, at, near_lane[None, :]], mask=inside, other=0)
 
     def visit(block: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
@@ -110,12 +149,17 @@ def _attend(
         jnp.zeros((queries, lane.size), jnp.float32),
     )
     first = start // SLOTS
-    whole = jnp.maximum((offset + number * queries) // SLOTS, first)  # the first block that not all of the queries see
-    end = (offset + (number + 1) * queries + SLOTS - 1) // SLOTS
+    # the first block that not all of the queries see
+    whole = jnp.maximum((offset + number * queries * step) // SLOTS, first)
+    end = (offset + ((number + 1) * queries - 1) * step + SLOTS) // SLOTS
+    if step > 1:  # queries of padding lie far behind the others
+        end = jnp.minimum(end, pl.cdiv(capacity, SLOTS))
     seen_by_all = jnp.minimum(first + 1, whole)
     carry = lax.fori_loop(first, seen_by_all, functools.partial(visit, masked=True), carry)
     carry = lax.fori_loop(seen_by_all, whole, functools.partial(visit, masked=False), carry)
-    _, total, out = lax.fori_loop(whole, end, functools.partial(visit, masked=True), carry)
+    peak, total, out = lax.fori_loop(whole, end, functools.partial(visit, masked=True), carry)
     # queries of padding see nothing: finite, and of no meaning
-    out = out / jnp.where(total > 0, total, 1)[:, None]
-    plt.store(out_ref.at[row, query[:, None], head, lane[None, :]], out.astype(out_ref.dtype))
+    total = jnp.where(total > 0, total, 1)
+    plt.store(out_ref.at[row, query[:, None], head, lane[None, :]], (out / total[:, None]).astype(out_ref.dtype))
+    for ref in normaliser_ref:
+        plt.store(ref.at[row, query, head], peak + jnp.log2(total))

@@ -51,6 +51,13 @@ def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int
     return sharding.split_kernel(local, scores.shape[1], ("-BK-",), "-BK-")(scores)
 
 
+def top_slots_here(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
+    """`top_slots` on one device's share, as it is inside of `shard_map`. Where no order is asked for, slots stand in their
+    own."""
+    count = min(budget, scores.shape[-1])
+    return select.top_slots(scores, budget) if ordered >= count else _top_slots(scores, count, ordered)
+
+
 def _top_slots(scores: Float[Array, "L B K S"], count: int, ordered: int) -> Int[Array, "L B K R"]:
     rows = scores.reshape(-1, scores.shape[-1]).astype(jnp.float32)
     width = rows.shape[1]
@@ -68,6 +75,8 @@ def _top_slots(scores: Float[Array, "L B K S"], count: int, ordered: int) -> Int
             lambda: _best_of_all(rows, count),
         )
     best_keys, slots = best
+    if ordered == 0:
+        return slots.reshape(*scores.shape[:-1], count)
     parted_keys, parted = _partition(best_keys, slots, None, count - ordered, keep_rest=True)
     first = count - ordered
     _, tail = lax.sort((~parted_keys[:, first:], parted[:, first:]), dimension=1, num_keys=1, is_stable=True)

@@ -24,12 +24,28 @@ from recyc_jax.attention import reference, select
 SELECTION = "recycled_selection"
 """The name of the selected slots, for rematerialisation: they are small, and ranking again is dear."""
 
+OUTPUT = "attention_output"
+"""Likewise of what attention gives, and of its normaliser where the gradient needs that: attending again is dear too."""
+
+
+def keeps(primitive: Any, *_: Any, **params: Any) -> bool:
+    """A policy of rematerialisation (`jax.checkpoint`) that keeps what is named here, and what cuDNN's attention leaves."""
+    if primitive.name == "name":
+        return params["name"] in (SELECTION, OUTPUT)
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
 QUERY_BLOCK = 512
 """Queries that are worked on at once: bounds the logits in memory to this many rows of T."""
 
 
-Dense = Callable[[Array, Array, Array, Array | None], Array]
-"""`causal` or one that does the same: (q, k, v, segments) -> out."""
+WHOLE = 64
+"""Lengths that cuDNN is asked for are multiples of this."""
+
+Attention = Callable[[Array, Array, Array, Array | None], Array]
+"""(q [B, T, N, H], k and v [B, T, K, H], segments [B, T] or None) -> out [B, T, N, H]."""
+Dense = Attention
+"""`causal` or one that does the same."""
 
 
 class Recycle(NamedTuple):
@@ -72,7 +88,7 @@ def causal(
         return _attended(jnp.where(seen[:, None, None], logits * _scale(q), reference.MASKED), values.narrow(), queries)
 
     out = _map(attend, (_blocks(q, size), _blocks(slots[None], size)[:, 0], kind))
-    return _unblock(out, width)
+    return checkpoint_name(_unblock(out, width), OUTPUT)
 
 
 def causal_cudnn(
@@ -82,9 +98,12 @@ def causal_cudnn(
     segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """`causal` by cuDNN's fused attention: NVIDIA GPUs, 16-bit dtypes, one document a row."""
+    width = q.shape[1]
     if segments is not None:
         raise ValueError("attention='cudnn' cannot tell the documents of a packed row apart")
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    # odd lengths have no gradient in cuDNN; no token sees what comes behind it
+    q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % WHOLE), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :width]
 
 
 def recycled(
@@ -132,7 +151,8 @@ def _segments(q: Array, k: Array, v: Array, first: int, recycle: Recycle) -> Flo
     parts = by_segment(q), by_segment(k), by_segment(v)
     ends = first + 1 + stride * jnp.arange(parts[0].shape[0] * at_once, dtype=jnp.int32)
     out = _map(attend, (*parts, ends.reshape(-1, at_once)))
-    return _unblock(out.reshape(*out.shape[:2], at_once * stride, *out.shape[4:]), width - first)
+    out = out.reshape(*out.shape[:2], at_once * stride, *out.shape[4:])
+    return checkpoint_name(_unblock(out, width - first), OUTPUT)
 
 
 def _ranked(scores: Float[Array, "C B K T"], visible: Array, recycle: Recycle) -> Int[Array, "B K C R"]:

@@ -17,7 +17,7 @@ import pytest
 
 import recyc_jax as rj
 from recyc_jax import sharding
-from recyc_jax.attention import pallas_gpu
+from recyc_jax.attention import pallas_gpu, training, training_gpu
 from recyc_jax.shapes import SHAPES
 
 pytestmark = pytest.mark.cuda_aot
@@ -165,6 +165,30 @@ def test_prefill_needs_no_square(h100):
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(131072) < 1.1 * temporary(32768)
+
+
+@pytest.mark.parametrize(
+    ("dim", "heads", "kv_heads", "budget", "evict"),
+    [(64, 32, 8, 2048, False), (64, 9, 3, 512, True), (128, 32, 8, 2048, False), (96, 4, 4, 200, False)],
+)
+def test_recycled_training_compiles(h100, dim, heads, kv_heads, budget, evict):
+    """Forward and backward at the heads of Llama-3.2-1B, SmolLM2-135M, Llama-3.1-8B and of a model between. Beside in- and
+    outputs it needs what it bounds itself by, and copies of these: nothing of 8192 x 8192."""
+    here = jax.sharding.NamedSharding(h100, jax.sharding.PartitionSpec())
+    length = 8192
+    recycle = training.Recycle(1, 50, budget, evict=evict)
+    arrays = [jax.ShapeDtypeStruct((1, length, n, dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
+
+    def loss(q, k, v):
+        return jnp.sum(training_gpu.recycled(q, k, v, recycle, training.causal).astype(jnp.float32))
+
+    step = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=here, out_shardings=here).lower(*arrays).compile()
+    scores = kv_heads * 4 * length * (length // 50 + 64)
+    row = 4 * length * (heads + 2 * kv_heads) * dim
+    assert (
+        step.memory_analysis().temp_size_in_bytes
+        < 3 * min(scores, training_gpu.AT_ONCE) + training_gpu.AT_ONCE + 3 * row
+    )
 
 
 def test_nothing_was_run():

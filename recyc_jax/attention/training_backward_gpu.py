@@ -1,0 +1,476 @@
+"""Kernels of recycled attention in training on NVIDIA GPUs, backward, in Pallas (Triton).
+
+No two programs write to one place: gradients of selected keys are written down entry by entry, and each block of keys then
+gathers its own. So they are the same bits every time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from recyc_jax.attention import training_tiles_gpu as tiled
+from recyc_jax.attention import triton
+from recyc_jax.attention.training_tiles_gpu import Form, Tiles
+
+QUERIES = Tiles(rows=128, entries=32)
+KEYS = Tiles(rows=32, entries=128)
+SELECTING = Tiles(rows=64, entries=64)
+GATHERED = Tiles(entries=64, stages=2)
+RUN = 16
+"""Entries of a segment that a block of keys gathers at a time."""
+
+
+class Cotangents(NamedTuple):
+    """What comes back to the tokens of all segments, and what goes into the gradient of softmax."""
+
+    out: Array  # [B, U, N, H]; its last place may hold anything finite
+    normaliser: Array  # float32 [B, U, N], base 2
+    sums: Array  # float32 [B, U, N]: output times cotangent, summed up
+
+
+def query_gradients(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    slots: Int[Array, "C B K P"],
+    leaves: Int[Array, "C B K P"] | None,
+    back: Cotangents,
+    of_selecting: Float[Array, "B C N H"],
+    form: Form,
+    dim: int,
+) -> Float[Array, "B U N H"]:
+    """Of all segments' tokens; those of tokens that select are given."""
+    tiles = tiled.warped(QUERIES, q.shape[3])._replace(
+        rows=tiled.side(form.stride * (q.shape[2] // keys.shape[1]), QUERIES.rows)
+    )
+    shapes = [jax.ShapeDtypeStruct(back.out.shape, q.dtype)]
+    arrays = [q, keys, values, slots, *tiled.given(leaves), *back, of_selecting]
+    (out,) = tiled.by_rows(_query_gradients, arrays, shapes, tiles, "recycled_queries_back", form, dim)
+    return out
+
+
+def _query_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int) -> None:
+    """One program of `query_gradients`."""
+    q_ref, keys_ref, values_ref, *lists, back_ref, normaliser_ref, sums_ref, first_ref, out_ref = refs
+    width, lane = keys_ref.shape[2], jnp.arange(q_ref.shape[3])
+    at = tiled.tile_of(q_ref, keys_ref, out_ref.shape[1], row_tiles, tiles.rows, form)
+    rows, segment, kv_head, batch = at.rows, at.segment, at.kv_head, at.batch
+    place = rows.place(segment, form)
+    token = jnp.minimum(form.first + place, width - 1)
+    q = plt.load(q_ref.at[batch, token[:, None], rows.head[:, None], lane[None, :]])
+    back = plt.load(back_ref.at[batch, place[:, None], rows.head[:, None], lane[None, :]])
+    normaliser, sums = (plt.load(ref.at[batch, place, rows.head]) for ref in (normaliser_ref, sums_ref))
+
+    def step(slots: Array, seen: Array, gradient: Array) -> Array:
+        k, v = (plt.load(ref.at[batch, kv_head, slots[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
+        weights = jnp.where(seen, jnp.exp2(tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None]), 0)
+        of_logits = weights * (tiled.dot(back, v.T) - sums[:, None])
+        return gradient + tiled.dot(of_logits.astype(k.dtype), k)
+
+    start = jnp.zeros((tiles.rows, lane.size), jnp.float32)
+    where = (segment, batch, kv_head)
+    gradient = tiled.over_entries(step, start, lists, where, rows.token, at.last, form, tiles.entries, width)
+    given = plt.load(first_ref.at[batch, segment, rows.head[:, None], lane[None, :]])
+    out = jnp.where((rows.token == 0)[:, None], given, (gradient * dim**-0.5).astype(given.dtype))
+    there = jnp.broadcast_to(rows.there[:, None], out.shape)
+    plt.store(out_ref.at[batch, at.place[:, None], rows.head[:, None], lane[None, :]], out, mask=there)
+
+
+def selecting_query_gradients(
+    selecting: Float[Array, "B C N H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    back: Cotangents,
+    form: Form,
+    dim: int,
+) -> Float[Array, "B C N H"]:
+    """Of the tokens that select; `back` is theirs, [B, C, ...]."""
+    batch, count, heads, lanes = selecting.shape
+    tiles = SELECTING._replace(rows=tiled.side(count, SELECTING.rows))
+    blocks = pl.cdiv(count, tiles.rows)
+    (out,) = triton.call(
+        _selecting_query_gradients,
+        [selecting, keys, values, *back],
+        [jax.ShapeDtypeStruct((batch, blocks * tiles.rows, heads, lanes), selecting.dtype)],
+        (blocks, heads, batch),
+        "selecting_queries_back",
+        warps=tiles.warps,
+        stages=tiles.stages,
+        form=form,
+        dim=dim,
+        tiles=tiles,
+    )
+    return out[:, :count]
+
+
+def _selecting_query_gradients(
+    q_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    back_ref: Any,
+    normaliser_ref: Any,
+    sums_ref: Any,
+    out_ref: Any,
+    *,
+    form: Form,
+    dim: int,
+    tiles: Tiles,
+) -> None:
+    """One program of `selecting_query_gradients`."""
+    number, head, batch = (pl.program_id(axis) for axis in range(3))
+    kv_head, width = head // (q_ref.shape[2] // keys_ref.shape[1]), keys_ref.shape[2]
+    lane, lanes = jnp.arange(q_ref.shape[3]), jnp.arange(tiles.entries)
+    segment = number * tiles.rows + jnp.arange(tiles.rows)
+    near = jnp.minimum(segment, q_ref.shape[1] - 1)
+    token = form.first + near * form.stride
+    q, back = (plt.load(ref.at[batch, near[:, None], head, lane[None, :]]) for ref in (q_ref, back_ref))
+    normaliser, sums = (plt.load(ref.at[batch, near, head]) for ref in (normaliser_ref, sums_ref))
+
+    def step(block: Array, gradient: Array) -> Array:
+        slot = block * tiles.entries + lanes
+        at = jnp.minimum(slot, width - 1)
+        k, v = (plt.load(ref.at[batch, kv_head, at[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
+        seen = slot[None, :] <= token[:, None]
+        weights = jnp.where(seen, jnp.exp2(tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None]), 0)
+        of_logits = weights * (tiled.dot(back, v.T) - sums[:, None])
+        return gradient + tiled.dot(of_logits.astype(k.dtype), k)
+
+    last = jnp.minimum(form.first + (number * tiles.rows + tiles.rows - 1) * form.stride, width - 1)
+    start = jnp.zeros((tiles.rows, lane.size), jnp.float32)
+    gradient = lax.fori_loop(0, last // tiles.entries + 1, step, start) * dim**-0.5
+    plt.store(out_ref.at[batch, segment[:, None], head, lane[None, :]], gradient.astype(out_ref.dtype))
+
+
+class _Pair(NamedTuple):
+    """Gradients of a tile's keys and values."""
+
+    keys: Array
+    values: Array
+
+
+def _add_rows(
+    pair: _Pair,
+    k: Float[Array, "E H"],
+    v: Float[Array, "E H"],
+    q: Float[Array, "M H"],
+    back: Float[Array, "M H"],
+    normaliser: Float[Array, " M"],
+    sums: Float[Array, " M"],
+    seen: Array,  # [E, M]
+    dim: int,
+) -> _Pair:
+    """What these rows add to the gradients of keys and values; those of keys want `dim**-0.5` at the end."""
+    weights = jnp.where(seen, jnp.exp2(tiled.dot(k, q.T) * tiled.scale2(dim) - normaliser[None, :]), 0)
+    of_values = pair.values + tiled.dot(weights.astype(back.dtype), back)
+    of_logits = weights * (tiled.dot(v, back.T) - sums[None, :])
+    return _Pair(pair.keys + tiled.dot(of_logits.astype(q.dtype), q), of_values)
+
+
+def new_key_gradients(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    back: Cotangents,
+    form: Form,
+    dim: int,
+) -> tuple[Float[Array, "B K U H"], Float[Array, "B K U H"]]:
+    """What keys and values of segments' tokens receive from their own segment, float32."""
+    batch, tokens = back.out.shape[:2]
+    kv_heads = keys.shape[1]
+    tiles = KEYS._replace(entries=tiled.side(form.stride, SELECTING.entries))
+    blocks, count = pl.cdiv(form.stride, tiles.entries), (tokens - 1) // form.stride
+    of_keys, of_values = triton.call(
+        _new_key_gradients,
+        [q, keys, values, *back],
+        2 * [jax.ShapeDtypeStruct((batch, kv_heads, tokens, q.shape[3]), jnp.float32)],
+        (count * blocks, kv_heads, batch),
+        "new_keys_back",
+        warps=tiles.warps,
+        stages=tiles.stages,
+        form=form,
+        dim=dim,
+        tiles=tiles,
+        blocks=blocks,
+    )
+    return of_keys, of_values
+
+
+def _new_key_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: int) -> None:
+    """One program of `new_key_gradients`: a tile of a segment's tokens."""
+    _, keys_ref, values_ref, *_, of_keys_ref, of_values_ref = refs
+    at, kv_head, batch = (pl.program_id(axis) for axis in range(3))
+    segment, number = tiled.apart(at, blocks)
+    width, lane = keys_ref.shape[2], jnp.arange(keys_ref.shape[3])
+    since = number * tiles.entries + jnp.arange(tiles.entries)
+    slot = jnp.minimum(form.first + segment * form.stride + since, width - 1)
+    k, v = (plt.load(ref.at[batch, kv_head, slot[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
+    pair = _over_rows(
+        refs,
+        (segment, kv_head, batch),
+        k,
+        v,
+        lambda token: tiled.new_seen(since[:, None], token[None, :], form),
+        number * tiles.entries,
+        form,
+        dim,
+        tiles,
+    )
+    there = since < form.stride
+    to = jnp.where(there, segment * form.stride + since, of_keys_ref.shape[2] - 1)
+    for ref, gradient in ((of_keys_ref, pair.keys * dim**-0.5), (of_values_ref, pair.values)):
+        mask = jnp.broadcast_to(there[:, None], gradient.shape)
+        plt.store(ref.at[batch, kv_head, to[:, None], lane[None, :]], gradient, mask=mask)
+
+
+def _over_rows(
+    refs: Any,
+    where: tuple[Array, Array, Array],
+    k: Array,
+    v: Array,
+    seen_by: Callable[[Array], Array],
+    begin: Array | int,
+    form: Form,
+    dim: int,
+    tiles: Tiles,
+) -> _Pair:
+    """What a tile of keys and values receives from a segment's tokens from `begin` on; `seen_by(tokens [M])` says which of
+    the keys they attend to, [E, M]."""
+    q_ref, keys_ref, _, back_ref, normaliser_ref, sums_ref = refs[:6]
+    segment, kv_head, batch = where
+    groups, width, lane = q_ref.shape[2] // keys_ref.shape[1], keys_ref.shape[2], jnp.arange(q_ref.shape[3])
+
+    def step(number: Array, pair: _Pair) -> _Pair:
+        rows = tiled.rows_of(number, tiles.rows, kv_head, groups, form)
+        place = rows.place(segment, form)
+        token = form.first + place
+        near = jnp.minimum(token, width - 1)
+        q = plt.load(q_ref.at[batch, near[:, None], rows.head[:, None], lane[None, :]])
+        back = plt.load(back_ref.at[batch, place[:, None], rows.head[:, None], lane[None, :]])
+        normaliser, sums = (plt.load(ref.at[batch, place, rows.head]) for ref in (normaliser_ref, sums_ref))
+        seen = seen_by(rows.token) & (rows.there & (token < width))[None, :]
+        return _add_rows(pair, k, v, q, back, normaliser, sums, seen, dim)
+
+    nothing = jnp.zeros(k.shape, jnp.float32)
+    end = pl.cdiv(form.stride * groups, tiles.rows)
+    return lax.fori_loop(begin * groups // tiles.rows, end, step, _Pair(nothing, nothing))
+
+
+def listed_gradients(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    slots: Int[Array, "C B K P"],
+    leaves: Int[Array, "C B K P"] | None,
+    back: Cotangents,
+    begin: Int[Array, ""],
+    count: int,
+    form: Form,
+    dim: int,
+) -> tuple[Float[Array, "c B K P H"], Float[Array, "c B K P H"]]:
+    """What the keys and values of each entry receive from the segment that selected it, for `count` segments from `begin`
+    on, in the dtype of the keys. Where an entry holds no slot, anything may stand."""
+    _, batch, kv_heads, entries = slots.shape
+    tiles = tiled.warped(KEYS, q.shape[3])._replace(entries=tiled.side(entries, KEYS.entries))
+    blocks = entries // tiles.entries
+    of_keys, of_values = triton.call(
+        _listed_gradients,
+        [q, keys, values, *back, slots, *tiled.given(leaves), jnp.reshape(begin, 1)],
+        2 * [jax.ShapeDtypeStruct((count, batch, kv_heads, entries, q.shape[3]), keys.dtype)],
+        (count * blocks, kv_heads, batch),
+        "listed_keys_back",
+        warps=tiles.warps,
+        stages=tiles.stages,
+        form=form,
+        dim=dim,
+        tiles=tiles,
+        blocks=blocks,
+    )
+    return of_keys, of_values
+
+
+def _listed_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: int) -> None:
+    """One program of `listed_gradients`: a tile of a segment's entries."""
+    _, keys_ref, values_ref, _, _, _, slots_ref, *leaves_ref, begin_ref, of_keys_ref, of_values_ref = refs
+    at, kv_head, batch = (pl.program_id(axis) for axis in range(3))
+    local, number = tiled.apart(at, blocks)
+    segment = plt.load(begin_ref.at[jnp.int32(0)]) + local
+    width, lane = keys_ref.shape[2], jnp.arange(keys_ref.shape[3])
+    entry = number * tiles.entries + jnp.arange(tiles.entries)
+    slot = plt.load(slots_ref.at[segment, batch, kv_head, entry])
+    leaves = plt.load(leaves_ref[0].at[segment, batch, kv_head, entry]) if leaves_ref else None
+    near = jnp.minimum(slot, width - 1)
+    k, v = (plt.load(ref.at[batch, kv_head, near[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
+
+    def seen_by(token: Array) -> Array:
+        seen = (slot < width)[:, None] & (token > 0)[None, :]
+        return seen if leaves is None else seen & (token[None, :] <= leaves[:, None])
+
+    pair = _over_rows(refs, (segment, kv_head, batch), k, v, seen_by, 0, form, dim, tiles)
+    for ref, gradient in ((of_keys_ref, pair.keys * dim**-0.5), (of_values_ref, pair.values)):
+        plt.store(ref.at[local, batch, kv_head, entry[:, None], lane[None, :]], gradient.astype(ref.dtype))
+
+
+def selecting_key_gradients(
+    selecting: Float[Array, "B C N H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    back: Cotangents,
+    new: tuple[Array, Array],  # of `new_key_gradients`
+    form: Form,
+    dim: int,
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """What all keys and values receive from the tokens that select (`back` is theirs, [B, C, ...]), with `new` added;
+    float32. S is T in whole tiles."""
+    batch, kv_heads, width, lanes = keys.shape
+    tiles = SELECTING._replace(
+        rows=tiled.side(selecting.shape[1], SELECTING.rows), entries=tiled.side(width, SELECTING.entries)
+    )
+    blocks = pl.cdiv(width, tiles.entries)
+    of_keys, of_values = triton.call(
+        _selecting_key_gradients,
+        [selecting, keys, values, *back, *new],
+        2 * [jax.ShapeDtypeStruct((batch, kv_heads, blocks * tiles.entries, lanes), jnp.float32)],
+        (blocks, kv_heads, batch),
+        "selecting_keys_back",
+        warps=tiles.warps,
+        stages=tiles.stages,
+        form=form,
+        dim=dim,
+        tiles=tiles,
+    )
+    return of_keys, of_values
+
+
+def _selecting_key_gradients(
+    q_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    back_ref: Any,
+    normaliser_ref: Any,
+    sums_ref: Any,
+    new_keys_ref: Any,
+    new_values_ref: Any,
+    of_keys_ref: Any,
+    of_values_ref: Any,
+    *,
+    form: Form,
+    dim: int,
+    tiles: Tiles,
+) -> None:
+    """One program of `selecting_key_gradients`: a tile of keys."""
+    block, kv_head, batch = (pl.program_id(axis) for axis in range(3))
+    count, groups, width = q_ref.shape[1], q_ref.shape[2] // keys_ref.shape[1], keys_ref.shape[2]
+    lane, slot = jnp.arange(q_ref.shape[3]), block * tiles.entries + jnp.arange(tiles.entries)
+    near_slot = jnp.minimum(slot, width - 1)
+    k, v = (plt.load(ref.at[batch, kv_head, near_slot[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
+    row_tiles = pl.cdiv(count, tiles.rows)
+    # the first token that selects and sees any of these keys
+    begin = jnp.maximum(block * tiles.entries - form.first + form.stride - 1, 0) // form.stride // tiles.rows
+
+    def step(turn: Array, pair: _Pair) -> _Pair:
+        number, group = tiled.apart(turn, groups)
+        number, head = begin + number, kv_head * groups + group
+        segment = number * tiles.rows + jnp.arange(tiles.rows)
+        near = jnp.minimum(segment, count - 1)
+        q, back = (plt.load(ref.at[batch, near[:, None], head, lane[None, :]]) for ref in (q_ref, back_ref))
+        normaliser, sums = (plt.load(ref.at[batch, near, head]) for ref in (normaliser_ref, sums_ref))
+        token = form.first + segment * form.stride
+        seen = (slot[:, None] <= token[None, :]) & (segment < count)[None, :]
+        return _add_rows(pair, k, v, q, back, normaliser, sums, seen, dim)
+
+    nothing = jnp.zeros(k.shape, jnp.float32)
+    pair = lax.fori_loop(0, jnp.maximum(row_tiles - begin, 0) * groups, step, _Pair(nothing, nothing))
+    place = slot - form.first
+    new = (place >= 0) & (slot < width)
+    place = jnp.where(new, place, 0)
+    for ref, new_ref, gradient in (
+        (of_keys_ref, new_keys_ref, pair.keys * dim**-0.5),
+        (of_values_ref, new_values_ref, pair.values),
+    ):
+        mask = jnp.broadcast_to(new[:, None], gradient.shape)
+        more = plt.load(new_ref.at[batch, kv_head, place[:, None], lane[None, :]], mask=mask, other=0)
+        plt.store(ref.at[batch, kv_head, slot[:, None], lane[None, :]], gradient + more)
+
+
+def gathered(
+    gradients: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
+    listed: tuple[Float[Array, "c B K P H"], Float[Array, "c B K P H"]],
+    slots: Int[Array, "c B K P"],
+) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
+    """`gradients` of keys and values with those of entries added to their slots. Slots stand in order, `NOWHERE` last."""
+    batch, kv_heads, width, _ = gradients[0].shape
+    size = tiled.side(width, GATHERED.entries)
+    blocks = width // size
+    edges = size * jnp.arange(blocks + 1, dtype=jnp.int32)
+    rows = slots.reshape(-1, slots.shape[-1])
+    # the first entry of each block of keys, and of the one after the last
+    firsts = jax.vmap(functools.partial(jnp.searchsorted, method="scan_unrolled"), (0, None))(rows, edges)
+    of_keys, of_values = triton.call(
+        _gathered,
+        [*listed, slots, firsts.astype(jnp.int32).reshape(*slots.shape[:-1], blocks + 1)],
+        [],
+        (blocks, kv_heads, batch),
+        "gather_keys_back",
+        warps=GATHERED.warps,
+        stages=GATHERED.stages,
+        in_place=gradients,
+        size=size,
+    )
+    return of_keys, of_values
+
+
+def _gathered(
+    keys_ref: Any,
+    values_ref: Any,
+    slots_ref: Any,
+    firsts_ref: Any,
+    old_keys_ref: Any,
+    old_values_ref: Any,
+    of_keys_ref: Any,
+    of_values_ref: Any,
+    *,
+    size: int,
+) -> None:
+    """One program of `gathered`: a block of keys. It takes the runs of a few segments' entries at a time, and a product
+    with zeros and ones brings each to its key."""
+    block, kv_head, batch = (pl.program_id(axis) for axis in range(3))
+    count, entries = slots_ref.shape[0], slots_ref.shape[3]
+    at_once = max(1, size // RUN)
+    lane, taken = jnp.arange(keys_ref.shape[4]), jnp.arange(at_once * RUN)
+    of_run, in_run = tiled.apart(taken, RUN)
+    key = block * size + jnp.arange(size)
+
+    def visit(number: Array, pair: _Pair) -> _Pair:
+        segment = number * at_once + of_run
+        near = jnp.minimum(segment, count - 1)
+        begin = plt.load(firsts_ref.at[near, batch, kv_head, block])
+        end = plt.load(firsts_ref.at[near, batch, kv_head, block + 1])
+        end = jnp.where(segment < count, end, begin)
+
+        def turn(number: Array, pair: _Pair) -> _Pair:
+            entry = begin + number * RUN + in_run
+            inside, near_entry = entry < end, jnp.minimum(entry, entries - 1)
+            slot = plt.load(slots_ref.at[near, batch, kv_head, near_entry], mask=inside, other=-1)
+            mine = (slot[None, :] == key[:, None]).astype(keys_ref.dtype)
+            mask = jnp.broadcast_to(inside[:, None], (taken.size, lane.size))
+            k, v = (
+                plt.load(ref.at[near[:, None], batch, kv_head, near_entry[:, None], lane[None, :]], mask=mask, other=0)
+                for ref in (keys_ref, values_ref)
+            )
+            return _Pair(pair.keys + tiled.dot(mine, k), pair.values + tiled.dot(mine, v))
+
+        return lax.fori_loop(0, (jnp.max(end - begin) + RUN - 1) // RUN, turn, pair)
+
+    old = (plt.load(ref.at[batch, kv_head, key[:, None], lane[None, :]]) for ref in (old_keys_ref, old_values_ref))
+    pair = lax.fori_loop(0, pl.cdiv(count, at_once), visit, _Pair(*old))
+    for ref, gradient in ((of_keys_ref, pair.keys), (of_values_ref, pair.values)):
+        plt.store(ref.at[batch, kv_head, key[:, None], lane[None, :]], gradient)

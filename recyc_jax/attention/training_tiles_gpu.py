@@ -1,0 +1,179 @@
+"""What the kernels of recycled attention in training share: tiles of queries, and the entries that these attend to.
+
+A segment is a token that selects and those after it, up to the next. Its queries attend to the keys that it selected, read
+by index where they stand, and to its own tokens. Letters beside those of `training.py`: M rows (a segment's queries of a
+key/value head, token by token), E entries (selected or new keys) of a tile, P entries with what fills the last tile, U
+tokens of all segments and one place of no meaning. Logits stand in base 2, times log2(e), as `exp2` wants them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Int
+
+from recyc_jax.attention import triton
+
+NOWHERE = 1 << 30
+"""The slot of an entry that holds none: behind all others."""
+MASKED = -1e30
+LEAST = 16
+"""The smallest side of a tile that Triton multiplies."""
+
+
+class Form(NamedTuple):
+    """What a program must know of the form. Static."""
+
+    first: int  # the first token that selects
+    stride: int
+    ranks: int  # entries of a selection that may hold a slot
+    evict: bool
+
+
+class Tiles(NamedTuple):
+    """The sides of tiles, the warps that work on them, and the tiles on their way or at hand: guesses for an H100, not
+    measured."""
+
+    rows: int = 128
+    entries: int = 64
+    warps: int = 4
+    stages: int = 3
+
+
+def warped(tiles: Tiles, lanes: int) -> Tiles:
+    """With warps enough to hold what belongs to a tile in registers: 255 numbers a thread."""
+    return tiles._replace(warps=2 * tiles.warps) if lanes > 64 else tiles
+
+
+def side(size: int, most: int) -> int:
+    """Of a tile over so many."""
+    return min(most, max(LEAST, pl.next_power_of_2(size)))
+
+
+class Rows(NamedTuple):
+    """A tile of a segment's rows."""
+
+    token: Array  # in the segment, the last one where there is none
+    head: Array
+    there: Array  # the row is one of the segment's
+
+    def place(self, segment: Array, form: Form) -> Array:
+        """Tokens counted from the first that selects."""
+        return segment * form.stride + self.token
+
+
+def apart(index: Int[Array, "*i"], size: int) -> tuple[Int[Array, "*i"], Int[Array, "*i"]]:
+    """Quotient and remainder of what is not negative."""
+    if size == 1:
+        return index, jnp.zeros_like(index)
+    sizes = jnp.full_like(index, size)
+    return lax.div(index, sizes), lax.rem(index, sizes)
+
+
+def rows_of(number: Array, size: int, kv_head: Array, groups: int, form: Form) -> Rows:
+    row = number * size + jnp.arange(size)
+    token, group = apart(row, groups)
+    return Rows(jnp.minimum(token, form.stride - 1), kv_head * groups + group, token < form.stride)
+
+
+def over_entries(
+    step: Callable[[Array, Array, Any], Any],
+    carry: Any,
+    lists: Sequence[Any],  # references: slots, and where ranked keys leave, the last token that sees each
+    where: tuple[Array, Array, Array],
+    token: Int[Array, " M"],
+    last: Array,
+    form: Form,
+    size: int,
+    width: int,
+) -> Any:
+    """The carry after `step(slots [E], seen [M, E], carry)` of all that tokens up to `last` of a segment attend to."""
+    slots_ref, *leaves_ref = lists
+    segment = where[0]
+    selects, lanes = form.first + segment * form.stride, jnp.arange(size)
+
+    def ranked(number: Array, carry: Any) -> Any:
+        entry = number * size + lanes
+        slot = plt.load(slots_ref.at[(*where, entry)])
+        leaves = plt.load(leaves_ref[0].at[(*where, entry)]) if leaves_ref else None
+        return step(jnp.minimum(slot, width - 1), ranked_seen(slot, leaves, token[:, None], width), carry)
+
+    def new(number: Array, carry: Any) -> Any:
+        since = 1 + number * size + lanes
+        return step(jnp.minimum(selects + since, width - 1), new_seen(since[None], token[:, None], form), carry)
+
+    tiles = (jnp.minimum(form.ranks, selects + 1) + size - 1) // size  # slots stand before what holds none
+    carry = lax.fori_loop(0, tiles, ranked, carry)
+    return lax.fori_loop(0, (last + size - 1) // size, new, carry)
+
+
+def ranked_seen(slot: Int[Array, " E"], leaves: Array | None, token: Int[Array, "M 1"], width: int) -> Array:
+    """[M, E]: which entries tokens attend to."""
+    seen = (slot < width)[None, :] & (token > 0)
+    return seen if leaves is None else seen & (token <= leaves[None, :])
+
+
+def new_seen(since: Array, token: Array, form: Form) -> Array:
+    """Which of a segment's tokens (`since`) its tokens attend to, beside what was selected."""
+    seen = (since > 0) & (since <= token)
+    return seen & (since > token - form.ranks) if form.evict else seen
+
+
+def dot(a: Array, b: Array) -> Array:
+    return plt.dot(a, b, allow_tf32=False).astype(jnp.float32)
+
+
+def scale2(dim: int) -> float:
+    return dim**-0.5 * math.log2(math.e)
+
+
+def given(leaves: Array | None) -> tuple[Array, ...]:
+    return () if leaves is None else (leaves,)
+
+
+def by_rows(
+    kernel: Any, arrays: list[Array], shapes: list[Any], tiles: Tiles, name: str, form: Form, dim: int
+) -> list[Array]:
+    """A program for each tile of a segment's rows."""
+    batch, _, heads, _ = arrays[0].shape
+    kv_heads, count = arrays[1].shape[1], arrays[3].shape[0]
+    row_tiles = pl.cdiv(form.stride * (heads // kv_heads), tiles.rows)
+    return triton.call(
+        kernel,
+        arrays,
+        shapes,
+        (count * row_tiles, kv_heads, batch),
+        name,
+        warps=tiles.warps,
+        stages=tiles.stages,
+        form=form,
+        dim=dim,
+        tiles=tiles._replace(entries=side(arrays[3].shape[3], tiles.entries)),
+        row_tiles=row_tiles,
+    )
+
+
+class Tile(NamedTuple):
+    """Where a program of `_by_rows` is."""
+
+    segment: Array
+    kv_head: Array
+    batch: Array
+    rows: Rows
+    last: Array  # the last token of its rows
+    place: Array  # of each row in what it writes; the trash place where there is no row
+
+
+def tile_of(q_ref: Any, keys_ref: Any, places: int, row_tiles: int, size: int, form: Form) -> Tile:
+    at, kv_head, batch = (pl.program_id(axis) for axis in range(3))
+    segment, number = apart(at, row_tiles)
+    groups = q_ref.shape[2] // keys_ref.shape[1]
+    rows = rows_of(number, size, kv_head, groups, form)
+    last = jnp.minimum((number * size + size - 1) // groups, form.stride - 1)
+    return Tile(segment, kv_head, batch, rows, last, jnp.where(rows.there, rows.place(segment, form), places - 1))
