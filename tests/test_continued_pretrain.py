@@ -225,15 +225,18 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_not_kept(command, tmp_p
 def test_a_whole_run_with_evaluation_and_export(command, tmp_path, recycle):
     out = tmp_path / "run"
     arguments = command(
-        out, recycle=recycle, held_out=0.2, steps=3, eval_every=2, eval_new_tokens=8, eval_sequences=2, eval_length=60
+        out, recycle=recycle, held_out=0.2, steps=3, eval_every=2, eval_new_tokens=8, eval_sequences=2, eval_lengths=60
     )
+    if recycle == "strided":  # the same tokens with less before them
+        arguments.insert(arguments.index("--eval-lengths") + 1, "40")
     arguments.remove("--no-export")
     done = finish([*arguments, "--tensorboard"])
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluated = [row for row in rows if row["kind"] == "evaluation"]
     assert sorted({row["step"] for row in evaluated}) == [0, 2, 3]
-    assert len(evaluated) == 9
+    assert len(evaluated) == (18 if recycle == "strided" else 9)
+    evaluated = [row for row in evaluated if row["length"] == 60]
     full = {row["step"]: row["nll"] for row in evaluated if row["policy"] == "full"}
     assert full[3] < full[0]
     assert (out / "loss.png").stat().st_size > 5000
@@ -304,7 +307,8 @@ def count_of(config):
         (dict(length=1000), "exceeds the model's context of 512"),
         (dict(accumulate=3), "--accumulate 3 does not divide --batch-size 8"),
         (dict(tensor=2), "does not divide the 1 devices"),
-        (dict(held_out=0.2, eval_length=500), "one of at least 500 tokens (--eval-length)"),
+        (dict(held_out=0.2, eval_lengths=500), "one of at least 500 tokens (--eval-lengths)"),
+        (dict(held_out=0.2, eval_new_tokens=64), "--eval-new-tokens 64 leaves no context of --eval-lengths 64"),
         (dict(model="nowhere"), "model 'nowhere' is neither"),
         (dict(preset="poem"), "--preset 'poem': there is paper"),
         (dict(attention="cudnn"), "--attention cudnn needs an NVIDIA GPU"),

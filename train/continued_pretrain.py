@@ -84,10 +84,11 @@ class Config:
     """Steps between evaluations; 0: before the first step and after the last one."""
     eval_policies: tuple[str, ...] = ("full", "recycled:budget=0.125,stride=10", "snapkv:budget=0.125")
     """Policies of decoding, separated by spaces."""
-    eval_length: int | None = None
-    """Tokens of an evaluated window; unset, LENGTH."""
-    eval_new_tokens: int = 50
-    """The last tokens of each, decoded one at a time: what perplexity is measured on."""
+    eval_lengths: tuple[int, ...] = ()
+    """Tokens of an evaluated window, or several numbers; unset, LENGTH. Shorter windows are the ends of the longest, so the
+    same tokens are measured with less before them."""
+    eval_new_tokens: tuple[int, ...] = (50,)
+    """The last tokens of each, decoded one at a time: what perplexity is measured on. Or several numbers."""
     eval_sequences: int = 8
     """Windows of each domain."""
     eval_batch_size: int = 8

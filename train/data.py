@@ -88,7 +88,7 @@ def hold_out(corpus: Corpus, share: float, least: int, seed: int) -> tuple[list[
         if not able or len(mine) < 2:
             raise ValueError(
                 f"--data {domain}: holding documents out for evaluation needs two or more, one of at least {least} tokens "
-                f"(--eval-length); it has {len(mine)}, the longest of {max(corpus.lengths[mine])}"
+                f"(--eval-lengths); it has {len(mine)}, the longest of {max(corpus.lengths[mine])}"
             )
         for number in able[: len(mine) - 1]:
             held.append(number)

@@ -27,6 +27,10 @@ class HeldOut(NamedTuple):
     tokens: np.ndarray  # int32 [E, T]
     domains: tuple[str, ...]  # of each
 
+    def ends(self, length: int) -> HeldOut:
+        """The last `length` tokens of each."""
+        return HeldOut(self.tokens[:, -length:], self.domains)
+
 
 def windows(corpus: Corpus, documents: Sequence[int], length: int, count: int, seed: int) -> HeldOut:
     """At most `count` windows of `length` tokens a domain, chosen at random."""

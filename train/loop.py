@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import signal
 import sys
@@ -18,7 +19,7 @@ from recyc_jax import export
 from train import evaluate, forward, metrics
 from train.checkpoint import Card, Checkpoints
 from train.data import batches
-from train.plan import Plan, eval_length
+from train.plan import Plan, eval_lengths
 from train.program import abstract_batch, abstract_state, compiled_step
 from train.step import TrainState
 
@@ -193,38 +194,42 @@ class _Loop:
         """Held-out perplexity at this step, once: before the first step, where it is due, and after the last one."""
         plan, config = self.plan, self.plan.config
         due = taken == 0 or last or (config.eval_every and taken % config.eval_every == 0)
-        measured = (config.eval_new_tokens, eval_length(config))
-        there = {
-            row["policy"]
+        lengths = eval_lengths(config)
+        wanted = set(itertools.product(config.eval_policies, lengths, config.eval_new_tokens))
+        known = wanted <= {
+            (row["policy"], row["length"], row["new_tokens"])
             for row in self.log.rows
-            if row["kind"] == "evaluation" and row["step"] == taken and (row["new_tokens"], row["length"]) == measured
+            if row["kind"] == "evaluation" and row["step"] == taken
         }
-        known = there >= set(config.eval_policies)
         if jax.process_count() > 1:  # the first process knows; all must do the same
             from jax.experimental import multihost_utils
 
             known = bool(multihost_utils.broadcast_one_to_all(np.asarray(known)))
         if plan.held_out is None or not due or known:
             return
-        self.say(f"evaluates step {taken}: {len(plan.held_out.tokens)} windows of {eval_length(config)} tokens")
+        self.say(
+            f"evaluates step {taken}: {len(plan.held_out.tokens)} windows of {' and '.join(map(str, lengths))} tokens"
+        )
         params = jax.jit(
             lambda tree: forward.unstack_layers(jax.tree.map(lambda x: x.astype(plan.compute_dtype), tree))
         )(state.params)
-        rows = evaluate.evaluate(
-            params,
-            plan.model,
-            plan.mesh,
-            plan.held_out,
-            config.eval_policies,
-            config.eval_new_tokens,
-            config.eval_batch_size,
-            self.asked.look,
-        )
-        self.record([{"kind": "evaluation", "step": taken, **row} for row in rows])
-        for row in rows:
-            error = "" if row["nll_stderr"] is None else f" ± {row['nll_stderr']:.4f}"
-            loss = f"{row['nll']:.4f}{error} nats a token"
-            self.say(f"  {row['policy']}, {row['domain']}: perplexity {row['perplexity']:.3f}, {loss}")
+        for length, new_tokens in itertools.product(lengths, config.eval_new_tokens):
+            rows = evaluate.evaluate(
+                params,
+                plan.model,
+                plan.mesh,
+                plan.held_out.ends(length),
+                config.eval_policies,
+                new_tokens,
+                config.eval_batch_size,
+                self.asked.look,
+            )
+            self.record([{"kind": "evaluation", "step": taken, **row} for row in rows])
+            for row in rows:
+                error = "" if row["nll_stderr"] is None else f" ± {row['nll_stderr']:.4f}"
+                loss = f"{row['nll']:.4f}{error} nats a token"
+                where = f"{row['domain']}, last {new_tokens} of {length}"
+                self.say(f"  {row['policy']}, {where}: perplexity {row['perplexity']:.3f}, {loss}")
 
     def finish(self, state: TrainState) -> None:
         """The result in Hugging Face layout, and the plot."""

@@ -119,14 +119,15 @@ def plot(path: Path, rows: list[Row]) -> None:
     left.plot([row["step"] for row in steps], [row["loss"] for row in steps], linewidth=1)
     left.set_xlabel("step")
     left.set_ylabel("training loss, nats a token")
-    for policy in dict.fromkeys(row["policy"] for row in evaluations):
-        by_step: dict[int, list[float]] = {}
-        for row in evaluations:
-            if row["policy"] == policy:
-                by_step.setdefault(row["step"], []).append(row["nll"])
-        right.plot(list(by_step), [sum(nlls) / len(nlls) for nlls in by_step.values()], marker="o", label=policy)
+    several = len({(row["length"], row["new_tokens"]) for row in evaluations}) > 1
+    lines: dict[str, dict[int, list[float]]] = {}
+    for row in evaluations:
+        label = row["policy"] + (f", last {row['new_tokens']} of {row['length']}" if several else "")
+        lines.setdefault(label, {}).setdefault(row["step"], []).append(row["nll"])
+    for label, by_step in lines.items():
+        right.plot(list(by_step), [sum(nlls) / len(nlls) for nlls in by_step.values()], marker="o", label=label)
     right.set_xlabel("step")
     right.set_ylabel("held-out loss, mean over domains")
     if evaluations:
-        right.legend(fontsize=7)
+        right.legend(fontsize=7 if len(lines) < 8 else 5)
     figure.savefig(path, dpi=120)

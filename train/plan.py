@@ -62,7 +62,6 @@ def check(config: Config) -> None:
         dense_prefix=config.dense_prefix,
         eval_sequences=config.eval_sequences,
         eval_batch_size=config.eval_batch_size,
-        eval_new_tokens=config.eval_new_tokens,
         log_every=config.log_every,
     )
     for name, value in (
@@ -91,10 +90,14 @@ def check(config: Config) -> None:
         raise ValueError(f"--length {config.length} must be at least 2: a row's first token predicts the second")
     recycle_of(config)
     if config.held_out:
-        length = eval_length(config)
-        command.check_policies(config.eval_policies, [length])
-        if config.eval_new_tokens >= length:
-            raise ValueError(f"--eval-new-tokens {config.eval_new_tokens} leaves no context of --eval-length {length}")
+        lengths = eval_lengths(config)
+        command.check_policies(config.eval_policies, lengths)
+        if not config.eval_new_tokens or min(config.eval_new_tokens) < 1:
+            raise ValueError("--eval-new-tokens must be one number of at least 1, or several")
+        if max(config.eval_new_tokens) >= min(lengths):
+            raise ValueError(
+                f"--eval-new-tokens {max(config.eval_new_tokens)} leaves no context of --eval-lengths {min(lengths)}"
+            )
     if config.batch_size % config.accumulate:
         raise ValueError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
     given = [value is not None for value in (config.coordinator, config.processes, config.process_id)]
@@ -120,8 +123,9 @@ def _installed(library: str) -> bool:
     return True
 
 
-def eval_length(config: Config) -> int:
-    return config.length if config.eval_length is None else config.eval_length
+def eval_lengths(config: Config) -> list[int]:
+    """The longest first."""
+    return sorted(set(config.eval_lengths or (config.length,)), reverse=True)
 
 
 def recycle_of(config: Config) -> Recycle | None:
@@ -166,7 +170,8 @@ def make(config: Config) -> Plan:
     """Model, mesh and data of a run. Raises ValueError naming what does not fit."""
     folder = pretrained.resolve(config.model)
     model = pretrained.read_config(folder)
-    lengths = [config.length, eval_length(config)] if config.held_out else [config.length]
+    longest = eval_lengths(config)[0]
+    lengths = [config.length, longest] if config.held_out else [config.length]
     command.check_context(lengths, model.max_position_embeddings, config.allow_beyond_context)
     mesh = _mesh(config, model)
     tokenizer = pretrained.load_tokenizer(folder)
@@ -174,21 +179,21 @@ def make(config: Config) -> Plan:
     corpus = data.tokenize(domains, tokenizer, config.out / "tokens")
     if corpus.tokens.size and int(corpus.tokens.max()) >= model.vocab_size:
         raise ValueError(f"{folder}: its tokenizer makes ids beyond the model's vocabulary of {model.vocab_size}")
-    kept, held = data.hold_out(corpus, config.held_out, eval_length(config), config.seed)
+    kept, held = data.hold_out(corpus, config.held_out, longest, config.seed)
     packed = config.recycle == "off" and config.pack
     rows = (
         data.Packed(corpus, kept, config.length, config.seed) if packed else data.Windows(corpus, kept, config.length)
     )
     if len(rows) < config.batch_size:
-        longest = max((int(corpus.lengths[number]) for number in kept), default=0)
+        most = max((int(corpus.lengths[number]) for number in kept), default=0)
         raise ValueError(
             f"--data {config.data}: {len(rows)} rows of --length {config.length} are fewer than --batch-size "
-            f"{config.batch_size} (the longest document to train on has {longest} tokens)"
+            f"{config.batch_size} (the longest document to train on has {most} tokens)"
         )
     steps = config.steps or max(1, int(config.epochs * len(rows)) // config.batch_size)
     held_out = None
     if held:
-        held_out = evaluate.windows(corpus, held, eval_length(config), config.eval_sequences, config.seed)
+        held_out = evaluate.windows(corpus, held, longest, config.eval_sequences, config.seed)
     optimizer = step.Optimizer(
         config.learning_rate,
         config.schedule,
@@ -324,7 +329,7 @@ def describe(plan: Plan) -> int:
         "rows": f"{len(plan.rows):,} of {config.length} tokens" + (", packed" if plan.card["data"]["packed"] else ""),
         "held out": "nothing"
         if plan.held_out is None
-        else f"{len(plan.held_out.tokens)} windows of {eval_length(config)}",
+        else f"{len(plan.held_out.tokens)} windows of {' and '.join(map(str, eval_lengths(config)))} tokens",
         "steps": f"{plan.optimizer.steps:,}, {per_step:,} tokens each",
     }
     if memory is not None:
