@@ -1,0 +1,56 @@
+"""`python -m train.report`: what it says of runs, by hand."""
+
+import json
+
+import pytest
+
+from train import report
+
+
+def run(folder, name, steps):
+    """A run whose windows lose what `steps` says: {step: {policy: losses}}."""
+    (folder / name).mkdir()
+    rows = [{"kind": "train", "step": 1}]
+    for step, policies in steps.items():
+        for policy, each in policies.items():
+            rows.append(
+                {"kind": "evaluation", "step": step, "policy": policy, "length": 64, "new_tokens": 8, "each": each}
+            )
+    (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / name
+
+
+def test_changes_and_distances_are_paired(tmp_path):
+    before = {"full": [1.0, 3.0], "snapkv:budget=8": [1.5, 3.5]}
+    between = {"full": [9.0, 9.0], "snapkv:budget=8": [9.0, 9.0]}
+    after = {"full": [1.0, 3.0], "snapkv:budget=8": [1.1, 3.3]}
+    text = report.tables([run(tmp_path, "mine", {0: before, 4: between, 9: after})])
+    assert "The last 8 of 64 tokens:" in text
+    full, snapkv = text.splitlines()[-2:]
+    assert full == "| mine | `full` | 7.389 | 7.389 | +0.0000 ± 0.0000 | - | - |"
+    # exp(2.5), exp(2.2); -0.4 and -0.2; 0.5 and 0.5; 0.1 and 0.3
+    assert snapkv == (
+        "| mine | `snapkv:budget=8` | 12.182 | 9.025 | -0.3000 ± 0.1000 | +0.5000 ± 0.0000 | +0.2000 ± 0.1000 |"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({0: {"full": [1.0]}}, "evaluations of steps [0]; one before training and one after are needed"),
+        ({3: {"full": [1.0]}, 4: {"full": [1.0]}}, "evaluations of steps [3, 4]"),
+        ({0: {"full": [1.0]}, 4: {"snapkv:budget=8": [1.0]}}, "full was measured before training and not after"),
+    ],
+)
+def test_a_run_without_both_ends_is_refused(tmp_path, capsys, steps, message):
+    assert report.main([str(run(tmp_path, "mine", steps))]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_no_folder_and_no_file(tmp_path, capsys):
+    assert report.main([]) == 2
+    assert "name the folders" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "none")]) == 2
+    assert "No such file" in capsys.readouterr().err

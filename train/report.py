@@ -1,0 +1,100 @@
+"""What continued pretraining changed, as tables: `python -m train.report results/off results/strided`.
+
+For each run folder the first and the last evaluation of its metrics.jsonl, policy by policy, over all domains' windows: losses in
+nats a token, what training changed, and how much more than full attention's the loss is, before and after. Errors are
+standard errors over windows, of differences that of the paired ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+Row = dict[str, Any]
+HEADINGS = ("run", "policy", "perplexity before", "after", "change, nats", "above full before", "after")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Compare evaluations before and after training."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that `train.continued_pretrain` wrote."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command line; the exit status."""
+    config = tyro.cli(Config, prog="python -m train.report", args=args)
+    try:
+        if not config.runs:
+            raise ValueError("name the folders of one or more runs")
+        print(tables(config.runs))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def tables(runs: Sequence[Path]) -> str:
+    """Markdown: a table for each length and number of tokens measured. Raises ValueError for a run without a first or
+    another evaluation."""
+    by_measure: dict[tuple[int, int], list[str]] = {}
+    for run in runs:
+        before, after = _ends(run)
+        for (length, new_tokens, policy), losses in before.items():
+            if (length, new_tokens, policy) not in after:
+                raise ValueError(f"{run}: {policy} was measured before training and not after")
+            later = after[length, new_tokens, policy]
+            full = (length, new_tokens, "full")
+            gaps = [
+                _signed([mine - other for mine, other in zip(each, ends[full], strict=True)])
+                if full in ends and policy != "full"
+                else "-"
+                for ends, each in ((before, losses), (after, later))
+            ]
+            change = _signed([new - old for new, old in zip(later, losses, strict=True)])
+            perplexities = [f"{math.exp(statistics.fmean(each)):.3f}" for each in (losses, later)]
+            cells = (run.name, f"`{policy}`", *perplexities, change, *gaps)
+            by_measure.setdefault((length, new_tokens), []).append(f"| {' | '.join(cells)} |")
+    head = [f"| {' | '.join(HEADINGS)} |", f"| --- | --- |{' ---: |' * (len(HEADINGS) - 2)}"]
+    return "\n\n".join(
+        "\n".join([f"The last {new_tokens} of {length} tokens:", "", *head, *lines])
+        for (length, new_tokens), lines in sorted(by_measure.items())
+    )
+
+
+def _ends(run: Path) -> tuple[dict[tuple[int, int, str], list[float]], ...]:
+    """Each window's loss in the first and the last evaluation, by length, tokens and policy."""
+    try:
+        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{run}/metrics.jsonl: {error.strerror}") from None
+    rows = [row for row in map(json.loads, lines) if row["kind"] == "evaluation"]
+    steps = sorted({row["step"] for row in rows})
+    if len(steps) < 2 or steps[0] != 0:
+        raise ValueError(f"{run}: evaluations of steps {steps}; one before training and one after are needed")
+    ends: list[dict[tuple[int, int, str], list[float]]] = []
+    for step in (steps[0], steps[-1]):
+        found: dict[tuple[int, int, str], list[float]] = {}
+        for row in rows:
+            if row["step"] == step:
+                found.setdefault((row["length"], row["new_tokens"], row["policy"]), []).extend(row["each"])
+        ends.append(found)
+    return tuple(ends)
+
+
+def _signed(values: Sequence[float]) -> str:
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.4f}{error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
