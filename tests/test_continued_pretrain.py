@@ -391,8 +391,6 @@ def free_port():
         return probe.getsockname()[1]
 
 
-# the fault named at the next test can meet this one too
-@pytest.mark.slow
 def test_two_processes_train_as_one_does(two_processes, command, straight, tmp_path):
     out = tmp_path / "run"
     for process in two_processes(out):
@@ -403,9 +401,25 @@ def test_two_processes_train_as_one_does(two_processes, command, straight, tmp_p
     assert resumed.returncode == 0, resumed.stderr
 
 
-# Under load gloo's collectives may hang in a step, about every second time with six processes on two cores
-# (docs/training.md, "Known fault"): out of the default run until that is mended.
-@pytest.mark.slow
+def test_a_signal_that_comes_while_processes_speak_is_not_lost(monkeypatch):
+    """One process plays both."""
+    from train import loop
+
+    def exchange(mine):
+        if signals:
+            os.kill(os.getpid(), signals.pop())
+        return np.stack([mine, np.zeros_like(mine)])
+
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.experimental.multihost_utils.process_allgather", exchange)
+    signals = [signal.SIGTERM]
+    with loop._listening() as asked:
+        asked.look()  # all have spoken already
+        with pytest.raises(loop._Stop):
+            asked.look()
+    assert asked.number == signal.SIGTERM
+
+
 def test_processes_end_together_when_one_is_asked_to(two_processes, tmp_path):
     out = tmp_path / "run"
     first, second = two_processes(out, steps=5000, save_every=5000)

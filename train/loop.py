@@ -39,11 +39,13 @@ class _Asked:
 
     def look(self) -> None:
         """Raise _Stop where any of the run's processes was asked: all call this at the same places, and stop together."""
+        number = self.number  # a signal that comes while processes speak is for the next look
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            self.number = int(np.max(multihost_utils.process_allgather(np.asarray(self.number or 0)))) or None
-        if self.number is not None:
+            number = int(np.max(multihost_utils.process_allgather(np.asarray(number or 0)))) or None
+        if number is not None:
+            self.number = number
             raise _Stop
 
 

@@ -1,8 +1,8 @@
 """What continued pretraining changed, as tables: `python -m train.report results/off results/strided`.
 
-For each run folder the first and the last evaluation of its metrics.jsonl, policy by policy, over all domains' windows: losses in
-nats a token, what training changed, and how much more than full attention's the loss is, before and after. Errors are
-standard errors over windows, of differences that of the paired ones.
+For each run folder the first and the last evaluation of its metrics.jsonl, policy by policy, over all domains' windows:
+losses in nats a token, what training changed, and how much more than full attention's the loss is, before and after. Errors
+are standard errors over windows, of differences that of the paired ones.
 """
 
 from __future__ import annotations
