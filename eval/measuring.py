@@ -78,6 +78,41 @@ def copy_bandwidth() -> float:
     return round(2 * size * copies / 1e6 / median_ms(copy, 5), 1)
 
 
+def kernel_times(run: Callable[[], Any]) -> dict[str, list[float]]:
+    """The microseconds of each time that a GPU's kernels run in `run`, by name, from JAX's profiler; once warm."""
+    import tempfile
+    from pathlib import Path
+
+    import jax
+    from jax.profiler import ProfileData
+
+    jax.block_until_ready(run())
+    took: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        for file in Path(folder).rglob("*.xplane.pb"):
+            for plane in ProfileData.from_file(str(file)).planes:
+                for line in plane.lines if plane.name.startswith("/device:GPU") else ():
+                    for event in line.events if "Stream" in line.name else ():
+                        took.setdefault(event.name, []).append(event.duration_ns / 1000)
+    return took
+
+
+def profile(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """A GPU's kernels in `run`, how often each runs and the microseconds that it takes in all, the costliest first."""
+    found = [
+        {"kernel": name, "times": len(times), "us": round(sum(times), 1)} for name, times in kernel_times(run).items()
+    ]
+    return sorted(found, key=lambda one: -one["us"])
+
+
+def describe_profile(kernels: list[dict[str, Any]], most: int = 16) -> str:
+    """The costliest of `profile`, a line each."""
+    lines = [f"  {one['us']:10.1f} us  {one['times']:5d} x  {one['kernel']}" for one in kernels[:most]]
+    return "\n".join([*lines, f"  {sum(one['us'] for one in kernels):10.1f} us in all"])
+
+
 def median_ms(run: Callable[[], Any], repeats: int) -> float:
     import jax
 

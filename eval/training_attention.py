@@ -42,6 +42,8 @@ class Config:
     implementation: Implementation = "auto"
     """Of strided and paper, as `train.continued_pretrain --attention` has it."""
     repeats: int = 3
+    profile: bool = False
+    """On a GPU: also the kernels and their time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     backend: Backend = "auto"
     out: Path = Path("results/training_attention")
@@ -73,6 +75,7 @@ def _prepare(config: Config) -> Callable[[], None]:
         raise ValueError(f"--stride {config.stride} leaves no context of --lengths {min(lengths)}")
     backend.select(config.backend)
     forms = usable_forms(config.forms, config.dtype)
+    check_profile(config.profile)
     implementation = recycles_by(config.implementation, config.dtype, config.head_dim)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -103,6 +106,8 @@ def _measure(config: Config, lengths: list[int], forms: list[str], implementatio
                     f"{length} {form}: {values[0]} ms forward, {values[1]} ms with backward, {values[2]} GiB",
                     flush=True,
                 )
+                if "kernels" in row:
+                    print(measuring.describe_profile(row["kernels"]), flush=True)
                 table.add_row(str(length), form, *map(str, values))
     Console().print(table)
     print(f"{file} holds the results")
@@ -147,6 +152,14 @@ def usable_forms(text: str, dtype: str) -> list[str]:
     return forms
 
 
+def check_profile(asked: bool) -> None:
+    """Raise ValueError where there is nothing to profile."""
+    import jax
+
+    if asked and jax.default_backend() != "gpu":
+        raise ValueError(f"--profile reads a GPU's profile; JAX runs on {jax.default_backend()}")
+
+
 def check_forms(text: str) -> None:
     """Raise ValueError for a form that there is not."""
     for form in command.split("--forms", text):
@@ -172,6 +185,7 @@ def _row(config: Config, length: int, form: str, implementation: str) -> dict[st
     forward = jax.jit(attend).lower(q, k, v).compile()
     step = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile()
     memory = step.memory_analysis()
+    kernels = measuring.profile(lambda: step(q, k, v)) if config.profile else []
     return {
         "length": length,
         "form": form,
@@ -186,6 +200,7 @@ def _row(config: Config, length: int, form: str, implementation: str) -> dict[st
         "forward_ms": round(measuring.median_ms(lambda: forward(q, k, v), config.repeats), 3),
         "step_ms": round(measuring.median_ms(lambda: step(q, k, v), config.repeats), 3),
         "temp_gib": None if memory is None else round(memory.temp_size_in_bytes / 2**30, 3),
+        **({"kernels": kernels} if kernels else {}),
     }
 
 

@@ -42,6 +42,8 @@ class Config:
     """Of strided and paper, as `train.continued_pretrain --attention` has it."""
     remat: Literal["full", "dots", "none"] = "full"
     repeats: int = 3
+    profile: bool = False
+    """On a GPU: also the kernels and their time."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     backend: Backend = "auto"
     seed: int = 0
@@ -65,6 +67,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     model = speed.shape(config.model)
     backend.select(config.backend)
     forms = training_attention.usable_forms(config.forms, config.dtype)
+    training_attention.check_profile(config.profile)
     implementation = training_attention.recycles_by(config.implementation, config.dtype, model.head_dim)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,8 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int], forms: list
                 mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
                 values = (length, row["rows"], form, row["step_ms"], row["tokens_per_s"], mfu, row["temp_gib"])
                 print(f"{length} {form}: {row['step_ms']} ms a step, MFU {mfu}", flush=True)
+                if "kernels" in row:
+                    print(measuring.describe_profile(row["kernels"]), flush=True)
                 table.add_row(*map(str, values))
     Console().print(table)
     print(f"{file} holds the results")
@@ -137,6 +142,7 @@ def _row(config: Config, model: LlamaConfig, length: int, form: str, implementat
         return numbers["loss"]
 
     took = measuring.median_ms(run, config.repeats)
+    kernels = measuring.profile(run) if config.profile else []
     peak = metrics.peak_flops(jax.devices()[0].device_kind)
     done = metrics.model_flops(model, length, count * length) / (took / 1000)
     return {
@@ -153,6 +159,7 @@ def _row(config: Config, model: LlamaConfig, length: int, form: str, implementat
         "tokens_per_s": round(1000 * count * length / took),
         "mfu": None if peak is None else round(done / peak, 4),
         "temp_gib": None if memory is None else round(memory.temp_size_in_bytes / 2**30, 2),
+        **({"kernels": kernels} if kernels else {}),
     }
 
 

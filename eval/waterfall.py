@@ -117,10 +117,7 @@ def kernels(
 ) -> list[dict[str, Any]]:
     """Kernels of a period, with how often each runs in it and its mean microseconds, the costliest first. A policy that
     never decides has periods of a step."""
-    import tempfile
-
     import jax
-    from jax.profiler import ProfileData
 
     import recyc_jax as rj
 
@@ -135,19 +132,9 @@ def kernels(
         out, state = rj.decode(params, shape, state, max_new_tokens=steps + 1, **options)
         jax.block_until_ready(out.tokens)
 
-    run()
-    took: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        for file in Path(folder).rglob("*.xplane.pb"):
-            for plane in ProfileData.from_file(str(file)).planes:
-                for line in plane.lines if plane.name.startswith("/device:GPU") else ():
-                    for event in line.events if "Stream" in line.name else ():
-                        took.setdefault(event.name, []).append(event.duration_ns / 1000)
     found = [
         {"kernel": name, "a_period": len(times) * length // steps, "us": round(sum(times) / len(times), 3)}
-        for name, times in took.items()
+        for name, times in measuring.kernel_times(run).items()
         if len(times) * length >= steps
     ]
     return sorted(found, key=lambda one: -one["us"] * one["a_period"])

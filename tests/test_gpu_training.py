@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from recyc_jax.attention import training
+from recyc_jax.attention import prefill_gpu, training, training_gpu
 from recyc_jax.attention.training import Recycle
 
 pytestmark = pytest.mark.gpu
 
 
-def heads(dtype, width=1000):
+def heads(dtype, width=1000, dim=64, kv_heads=2):
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(2, width, n, 64) for n in (8, 2, 2, 8)]
+    shapes = [(2, width, n, dim) for n in (8, kv_heads, kv_heads, 8)]
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
@@ -43,8 +43,9 @@ def assert_near(found, expected):
         np.testing.assert_allclose(mine, theirs, atol=0.02 * np.abs(theirs).max())
 
 
-def test_cudnn_is_causal_attention():
-    arrays = heads(jnp.bfloat16)
+@pytest.mark.parametrize("width", [1000, 949])  # cuDNN itself has no gradient for odd ones
+def test_cudnn_is_causal_attention(width):
+    arrays = heads(jnp.bfloat16, width)
     assert_near(value_and_grads(training.causal_cudnn, *arrays), value_and_grads(training.causal, *arrays))
 
 
@@ -59,6 +60,55 @@ def test_recycled_attention_in_bfloat16_is_that_in_float32_where_it_selects_alik
     assert_near(found, expected)
     dense = training.recycled(q, k, v, recycle, training.causal_cudnn)
     assert_near([dense], [training.recycled(q, k, v, recycle)])
+
+
+def sees(slots, width, recycle):
+    """[B, K, T, T]: what tokens attend to where segments selected these slots."""
+    slots = np.asarray(slots)
+    seen = np.tril(np.ones((*slots.shape[1:3], width, width), bool))
+    for segment, first in enumerate(range(recycle.prefix - 1, width, recycle.stride)):
+        after = slice(first + 1, min(first + recycle.stride, width))
+        seen[:, :, after, : first + 1] = False
+        for row, head in np.ndindex(*slots.shape[1:3]):
+            chosen = slots[segment, row, head]
+            seen[row, head, after, chosen[chosen < width]] = True
+    return jnp.asarray(seen)
+
+
+def masked(q, k, v, seen):
+    groups = q.shape[2] // k.shape[2]
+    k, v, seen = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2), jnp.repeat(seen, groups, axis=1)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf))
+    return jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
+
+
+@pytest.mark.parametrize(("dim", "kv_heads"), [(64, 2), (128, 1), (96, 8)])
+@pytest.mark.parametrize("recycle", [Recycle(1, 50, 128), Recycle(300, 20, 200, lookahead=19), Recycle(950, 51, 300)])
+def test_kernels_are_masked_attention_to_what_they_select(dim, kv_heads, recycle):
+    """In float32, to the slots that the kernels have chosen; and these are nearly all those of the plain form, whose sums
+    are rounded otherwise. Twice the same bits."""
+    q, k, v, weights = heads(jnp.bfloat16, dim=dim, kv_heads=kv_heads)
+    width, first = q.shape[1], recycle.prefix - 1
+
+    def ours(q, k, v):
+        return training_gpu.recycled(q, k, v, recycle, training.causal_cudnn)
+
+    padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -dim % 64))) for x in (q, k)]
+    keys, selecting = padded[1].swapaxes(1, 2), padded[0][:, first :: recycle.stride]
+    form = training_gpu._form(width, first, recycle)
+    _, normaliser = prefill_gpu.strided(selecting, keys, keys, first, recycle.stride, dim)
+    slots, _ = jax.jit(lambda *arrays: training_gpu._select(*arrays, form, recycle, dim))(selecting, keys, normaliser)
+    seen = sees(slots, width, recycle)
+    found = value_and_grads(ours, q, k, v, weights)
+    wide = [x.astype(jnp.float32) for x in (q, k, v, weights)]
+    assert_near(found, value_and_grads(lambda q, k, v: masked(q, k, v, seen), *wide))
+    for once, again in zip(found, value_and_grads(ours, q, k, v, weights), strict=True):
+        np.testing.assert_array_equal(np.asarray(once, np.float32), np.asarray(again, np.float32))
+
+    plain = training.recycled(*wide[:3], recycle)
+    near = np.abs(np.asarray(found[0], np.float32) - np.asarray(plain)).max(axis=-1) < 0.05
+    assert near.mean() > 0.98
 
 
 def test_a_killed_run_goes_on_with_the_same_bits_under_deterministic(tmp_path):

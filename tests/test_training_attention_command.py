@@ -26,6 +26,7 @@ def test_rows_of_every_form(tmp_path, capsys):
         (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
         (["--lengths", "50"], "--stride 50 leaves no context of --lengths 50"),
         (["--repeats", "0"], "--repeats 0 must be at least 1"),
+        (["--profile"], "--profile reads a GPU's profile; JAX runs on cpu"),
         (["--implementation", "cudnn", "--forms", "paper"], "--implementation cudnn needs an NVIDIA GPU"),
     ],
 )

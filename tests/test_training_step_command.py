@@ -37,6 +37,7 @@ def test_float32_is_refused_where_cudnn_is_asked_for(monkeypatch):
         (["--model", "llama-9"], "--model 'llama-9' is no known shape"),
         (["--lengths", "50"], "--stride 50 leaves no context of --lengths 50"),
         (["--tokens", "0"], "--tokens 0 must be at least 1"),
+        (["--profile"], "--profile reads a GPU's profile; JAX runs on cpu"),
         (["--implementation", "pallas"], "--implementation pallas needs an NVIDIA GPU of compute capability"),
     ],
 )
