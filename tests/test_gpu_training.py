@@ -1,5 +1,6 @@
 """Training on a real GPU: its attention against the plain one, and a run that is killed and gone on with."""
 
+import functools
 import json
 import os
 import random
@@ -37,10 +38,13 @@ def value_and_grads(attend, q, k, v, weights):
 
 
 def assert_near(found, expected):
-    """Within bfloat16's rounding of sums of a thousand: two thousandths of the largest value, and a few of each."""
-    for mine, theirs in zip(found, expected, strict=True):
-        mine, theirs = np.asarray(mine, np.float32), np.asarray(theirs, np.float32)
-        np.testing.assert_allclose(mine, theirs, atol=0.02 * np.abs(theirs).max())
+    """Within bfloat16's rounding, token by token: of output and gradients a few hundredths of their size (of a token's
+    own, or where that is small of the mean over tokens)."""
+    for name, mine, theirs in zip(("out", "q", "k", "v"), found, expected, strict=False):
+        mine, theirs = (np.asarray(x, np.float32).reshape(*x.shape[:2], -1) for x in (mine, theirs))
+        size = np.linalg.norm(theirs, axis=-1)
+        off = np.linalg.norm(mine - theirs, axis=-1) / np.maximum(size, size.mean() / 4)
+        assert off.max() < 0.05, (name, off.max(), np.unravel_index(off.argmax(), off.shape))
 
 
 @pytest.mark.parametrize("width", [1000, 949])  # cuDNN itself has no gradient for odd ones
@@ -91,8 +95,8 @@ def test_kernels_are_masked_attention_to_what_they_select(dim, kv_heads, recycle
     q, k, v, weights = heads(jnp.bfloat16, dim=dim, kv_heads=kv_heads)
     width, first = q.shape[1], recycle.prefix - 1
 
-    def ours(q, k, v):
-        return training_gpu.recycled(q, k, v, recycle, training.causal_cudnn)
+    def ours(q, k, v, dense=training.causal_cudnn):
+        return training_gpu.recycled(q, k, v, recycle, dense)
 
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -dim % 64))) for x in (q, k)]
     keys, selecting = padded[1].swapaxes(1, 2), padded[0][:, first :: recycle.stride]
@@ -103,7 +107,9 @@ def test_kernels_are_masked_attention_to_what_they_select(dim, kv_heads, recycle
     found = value_and_grads(ours, q, k, v, weights)
     wide = [x.astype(jnp.float32) for x in (q, k, v, weights)]
     assert_near(found, value_and_grads(lambda q, k, v: masked(q, k, v, seen), *wide))
-    for once, again in zip(found, value_and_grads(ours, q, k, v, weights), strict=True):
+    by_kernels = functools.partial(ours, dense=training.causal)  # cuDNN's gradients differ from time to time
+    twice = [value_and_grads(by_kernels, q, k, v, weights) for _ in range(2)]
+    for once, again in zip(*twice, strict=True):
         np.testing.assert_array_equal(np.asarray(once, np.float32), np.asarray(again, np.float32))
 
     plain = training.recycled(*wide[:3], recycle)

@@ -170,6 +170,9 @@ def test_the_best_there_is_on_a_gpu(monkeypatch):
     assert best(recycle=True, packed=False) == "pallas"
     assert best(recycle=False, packed=False) == "cudnn"
     assert best(recycle=False, packed=True) == "reference"
+    monkeypatch.setattr(training_api, "_imports", lambda module: False)  # a JAX without what they are written in
+    assert best(recycle=True, packed=False) == "cudnn"
+    assert training_api.lacking("pallas", "bfloat16", 64, packed=False) == ["a JAX with Pallas' Triton backend"]
     monkeypatch.setattr(training_api, "_capability", lambda: "8.9")  # less shared memory than the kernels take
     assert best(recycle=True, packed=False) == "cudnn"
     monkeypatch.setattr(training_api, "_capability", lambda: "gfx942")

@@ -13,9 +13,8 @@ def run(folder, name, steps):
     rows = [{"kind": "train", "step": 1}]
     for step, policies in steps.items():
         for policy, each in policies.items():
-            rows.append(
-                {"kind": "evaluation", "step": step, "policy": policy, "length": 64, "new_tokens": 8, "each": each}
-            )
+            measured = {"kind": "evaluation", "step": step, "policy": policy, "length": 64, "new_tokens": 8}
+            rows += [measured | {"domain": f"d{number}", "each": [one]} for number, one in enumerate(each)]
     (folder / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / name
 
@@ -24,7 +23,10 @@ def test_changes_and_distances_are_paired(tmp_path):
     before = {"full": [1.0, 3.0], "snapkv:budget=8": [1.5, 3.5]}
     between = {"full": [9.0, 9.0], "snapkv:budget=8": [9.0, 9.0]}
     after = {"full": [1.0, 3.0], "snapkv:budget=8": [1.1, 3.3]}
-    text = report.tables([run(tmp_path, "mine", {0: before, 4: between, 9: after})])
+    mine = run(tmp_path, "mine", {0: before, 4: between, 9: after})
+    rows = (mine / "metrics.jsonl").read_text()
+    (mine / "metrics.jsonl").write_text(rows + rows.splitlines()[-1])  # one that was measured again
+    text = report.tables([mine])
     assert "The last 8 of 64 tokens:" in text
     full, snapkv = text.splitlines()[-2:]
     assert full == "| mine | `full` | 7.389 | 7.389 | +0.0000 ± 0.0000 | - | - |"

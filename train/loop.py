@@ -196,26 +196,26 @@ class _Loop:
         """Held-out perplexity at this step, once: before the first step, where it is due, and after the last one."""
         plan, config = self.plan, self.plan.config
         due = taken == 0 or last or (config.eval_every and taken % config.eval_every == 0)
-        lengths = eval_lengths(config)
-        wanted = set(itertools.product(config.eval_policies, lengths, config.eval_new_tokens))
-        known = wanted <= {
-            (row["policy"], row["length"], row["new_tokens"])
+        measures = list(itertools.product(eval_lengths(config), config.eval_new_tokens))
+        there = {
+            (row["length"], row["new_tokens"], row["policy"])
             for row in self.log.rows
             if row["kind"] == "evaluation" and row["step"] == taken
         }
+        known = np.asarray([there >= {(*measure, policy) for policy in config.eval_policies} for measure in measures])
         if jax.process_count() > 1:  # the first process knows; all must do the same
             from jax.experimental import multihost_utils
 
-            known = bool(multihost_utils.broadcast_one_to_all(np.asarray(known)))
-        if plan.held_out is None or not due or known:
+            known = np.asarray(multihost_utils.broadcast_one_to_all(known))
+        if plan.held_out is None or not due or known.all():
             return
-        self.say(
-            f"evaluates step {taken}: {len(plan.held_out.tokens)} windows of {' and '.join(map(str, lengths))} tokens"
-        )
+        self.say(f"evaluates step {taken}: {len(plan.held_out.tokens)} windows")
         params = jax.jit(
             lambda tree: forward.unstack_layers(jax.tree.map(lambda x: x.astype(plan.compute_dtype), tree))
         )(state.params)
-        for length, new_tokens in itertools.product(lengths, config.eval_new_tokens):
+        for (length, new_tokens), measured in zip(measures, known, strict=True):
+            if measured:
+                continue
             rows = evaluate.evaluate(
                 params,
                 plan.model,

@@ -89,7 +89,7 @@ class Metrics:
         for row in new:
             prefix = row["kind"]
             if prefix == "evaluation":
-                prefix += f"/{row['domain']}/{row['policy']}"
+                prefix += f"/{row['domain']}/last {row['new_tokens']} of {row['length']}/{row['policy']}"
             numbers = {
                 f"{prefix}/{name}": value
                 for name, value in row.items()
@@ -97,7 +97,9 @@ class Metrics:
             }
             if self._tensorboard is not None:
                 for name, value in numbers.items():
-                    self._tensorboard.add_scalar(name.replace(":", "_").replace("=", "_"), value, row["step"])
+                    self._tensorboard.add_scalar(
+                        name.replace(":", "_").replace("=", "_").replace(" ", "_"), value, row["step"]
+                    )
             if self._wandb is not None:
                 self._wandb.log(numbers, step=row["step"])
 

@@ -228,6 +228,7 @@ def make(config: Config) -> Plan:
         },
         "mesh": dict(mesh.shape),
         "accumulate": config.accumulate,
+        "attention": attention,
         "versions": {name: metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
     }
     card["config_hash"] = hashlib.sha256(json.dumps(identity(card), sort_keys=True).encode()).hexdigest()[:16]
@@ -357,6 +358,11 @@ def open_run(plan: Plan) -> Callable[[], int]:
             before = checkpoints.latest_card()
             if before is not None:
                 _check_same(config, before, plan.card, like)
+                if before.get("attention", plan.attention) != plan.attention and jax.process_index() == 0:
+                    print(
+                        f"attention was {before['attention']} and is {plan.attention} now: not the same bits",
+                        flush=True,
+                    )
             restored = checkpoints.restore(like)
         state = program.load_state(plan) if restored is None else restored.state
     except BaseException:

@@ -8,6 +8,7 @@ are standard errors over windows, of differences that of the paired ones.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -83,11 +84,11 @@ def _ends(run: Path) -> tuple[dict[tuple[int, int, str], list[float]], ...]:
         raise ValueError(f"{run}: evaluations of steps {steps}; one before training and one after are needed")
     ends: list[dict[tuple[int, int, str], list[float]]] = []
     for step in (steps[0], steps[-1]):
-        found: dict[tuple[int, int, str], list[float]] = {}
+        found: dict[tuple[int, int, str], dict[str, list[float]]] = {}
         for row in rows:
-            if row["step"] == step:
-                found.setdefault((row["length"], row["new_tokens"], row["policy"]), []).extend(row["each"])
-        ends.append(found)
+            if row["step"] == step:  # a domain that was measured again counts once
+                found.setdefault((row["length"], row["new_tokens"], row["policy"]), {})[row["domain"]] = row["each"]
+        ends.append({measure: list(itertools.chain(*domains.values())) for measure, domains in found.items()})
     return tuple(ends)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import jax
@@ -42,13 +43,25 @@ def lacking(implementation: str, dtype: Any, head_dim: int, packed: bool) -> lis
         "one document a row": not packed,
         "a head dimension that is a multiple of 8, at most 128": head_dim % 8 == 0 and head_dim <= 128,
     }
+    if implementation == "pallas":
+        needs["a JAX with Pallas' Triton backend"] = _imports("recyc_jax.attention.training_gpu")
     return [name for name, there in needs.items() if not there]
 
 
 def best(recycle: bool, dtype: Any, head_dim: int, packed: bool) -> str:
-    """The first of pallas (for recycled forms), cudnn and reference that lacks nothing here."""
-    names = ("pallas", "cudnn", "reference") if recycle else ("cudnn", "reference")
+    """The first of pallas (for recycled forms, on the GPUs that it was compiled for, H100 and H200), cudnn and reference
+    that lacks nothing here."""
+    kernels = recycle and _capability() == "9.0"
+    names = ("pallas", "cudnn", "reference") if kernels else ("cudnn", "reference")
     return next(name for name in names if not lacking(name, dtype, head_dim, packed))
+
+
+def _imports(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _capability() -> str:

@@ -21,20 +21,26 @@ from recyc_jax.attention import training_tiles_gpu as tiled
 from recyc_jax.attention import triton
 from recyc_jax.attention.training_tiles_gpu import Form, Tiles
 
-QUERIES = Tiles(rows=128, entries=32)
-KEYS = Tiles(rows=32, entries=128)
+QUERIES = Tiles(rows=128, entries=64, warps=8)
+KEYS, WIDE_KEYS = (
+    Tiles(rows=32, entries=128),
+    Tiles(rows=64, entries=128, warps=8, stages=2),
+)  # the latter for 128 lanes
+NEW_KEYS = Tiles(rows=64, entries=64)
 SELECTING = Tiles(rows=64, entries=64)
 GATHERED = Tiles(entries=64, stages=2)
 RUN = 16
 """Entries of a segment that a block of keys gathers at a time."""
+NEVER = 1e30
+"""The normaliser of rows that attend to nothing: their weights are 0."""
 
 
 class Cotangents(NamedTuple):
     """What comes back to the tokens of all segments, and what goes into the gradient of softmax."""
 
-    out: Array  # [B, U, N, H]; its last place may hold anything finite
+    out: Array  # [B, U, N, H]
     normaliser: Array  # float32 [B, U, N], base 2
-    sums: Array  # float32 [B, U, N]: output times cotangent, summed up
+    sums: Array  # float32 [B, U, N]: output times cotangent, summed up. Nothing reads the last place of the three
 
 
 def query_gradients(
@@ -49,9 +55,7 @@ def query_gradients(
     dim: int,
 ) -> Float[Array, "B U N H"]:
     """Of all segments' tokens; those of tokens that select are given."""
-    tiles = tiled.warped(QUERIES, q.shape[3])._replace(
-        rows=tiled.side(form.stride * (q.shape[2] // keys.shape[1]), QUERIES.rows)
-    )
+    tiles = QUERIES._replace(rows=tiled.side(form.stride * (q.shape[2] // keys.shape[1]), QUERIES.rows))
     shapes = [jax.ShapeDtypeStruct(back.out.shape, q.dtype)]
     arrays = [q, keys, values, slots, *tiled.given(leaves), *back, of_selecting]
     (out,) = tiled.by_rows(_query_gradients, arrays, shapes, tiles, "recycled_queries_back", form, dim)
@@ -72,7 +76,8 @@ def _query_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: 
 
     def step(slots: Array, seen: Array, gradient: Array) -> Array:
         k, v = (plt.load(ref.at[batch, kv_head, slots[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
-        weights = jnp.where(seen, jnp.exp2(tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None]), 0)
+        weights = jnp.exp2(tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None])
+        weights = weights if seen is None else jnp.where(seen, weights, 0)
         of_logits = weights * (tiled.dot(back, v.T) - sums[:, None])
         return gradient + tiled.dot(of_logits.astype(k.dtype), k)
 
@@ -165,11 +170,12 @@ def _add_rows(
     back: Float[Array, "M H"],
     normaliser: Float[Array, " M"],
     sums: Float[Array, " M"],
-    seen: Array,  # [E, M]
+    seen: Array | None,  # [E, M]; None: rows see all of the keys, or nothing where their normaliser is `NEVER`
     dim: int,
 ) -> _Pair:
     """What these rows add to the gradients of keys and values; those of keys want `dim**-0.5` at the end."""
-    weights = jnp.where(seen, jnp.exp2(tiled.dot(k, q.T) * tiled.scale2(dim) - normaliser[None, :]), 0)
+    weights = jnp.exp2(tiled.dot(k, q.T) * tiled.scale2(dim) - normaliser[None, :])
+    weights = weights if seen is None else jnp.where(seen, weights, 0)
     of_values = pair.values + tiled.dot(weights.astype(back.dtype), back)
     of_logits = weights * (tiled.dot(v, back.T) - sums[None, :])
     return _Pair(pair.keys + tiled.dot(of_logits.astype(q.dtype), q), of_values)
@@ -186,7 +192,7 @@ def new_key_gradients(
     """What keys and values of segments' tokens receive from their own segment, float32."""
     batch, tokens = back.out.shape[:2]
     kv_heads = keys.shape[1]
-    tiles = KEYS._replace(entries=tiled.side(form.stride, SELECTING.entries))
+    tiles = NEW_KEYS._replace(entries=tiled.side(form.stride, NEW_KEYS.entries))
     blocks, count = pl.cdiv(form.stride, tiles.entries), (tokens - 1) // form.stride
     of_keys, of_values = triton.call(
         _new_key_gradients,
@@ -219,7 +225,7 @@ def _new_key_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: i
         k,
         v,
         lambda token: tiled.new_seen(since[:, None], token[None, :], form),
-        number * tiles.entries,
+        (number * tiles.entries, form.stride),
         form,
         dim,
         tiles,
@@ -236,14 +242,14 @@ def _over_rows(
     where: tuple[Array, Array, Array],
     k: Array,
     v: Array,
-    seen_by: Callable[[Array], Array],
-    begin: Array | int,
+    seen_by: Callable[[Array], Array | None],
+    tokens: tuple[Array | int, Array | int],
     form: Form,
     dim: int,
     tiles: Tiles,
 ) -> _Pair:
-    """What a tile of keys and values receives from a segment's tokens from `begin` on; `seen_by(tokens [M])` says which of
-    the keys they attend to, [E, M]."""
+    """What a tile of keys and values receives from a segment's tokens, from the first to before the second of `tokens`;
+    `seen_by(tokens [M])` says which of the keys they attend to, [E, M], or None for all. Its first token doesn't count."""
     q_ref, keys_ref, _, back_ref, normaliser_ref, sums_ref = refs[:6]
     segment, kv_head, batch = where
     groups, width, lane = q_ref.shape[2] // keys_ref.shape[1], keys_ref.shape[2], jnp.arange(q_ref.shape[3])
@@ -256,11 +262,12 @@ def _over_rows(
         q = plt.load(q_ref.at[batch, near[:, None], rows.head[:, None], lane[None, :]])
         back = plt.load(back_ref.at[batch, place[:, None], rows.head[:, None], lane[None, :]])
         normaliser, sums = (plt.load(ref.at[batch, place, rows.head]) for ref in (normaliser_ref, sums_ref))
-        seen = seen_by(rows.token) & (rows.there & (token < width))[None, :]
-        return _add_rows(pair, k, v, q, back, normaliser, sums, seen, dim)
+        normaliser = jnp.where(rows.there & (token < width) & (rows.token > 0), normaliser, NEVER)
+        return _add_rows(pair, k, v, q, back, normaliser, sums, seen_by(rows.token), dim)
 
     nothing = jnp.zeros(k.shape, jnp.float32)
-    end = pl.cdiv(form.stride * groups, tiles.rows)
+    begin, end = tokens
+    end = (end * groups + tiles.rows - 1) // tiles.rows
     return lax.fori_loop(begin * groups // tiles.rows, end, step, _Pair(nothing, nothing))
 
 
@@ -279,7 +286,8 @@ def listed_gradients(
     """What the keys and values of each entry receive from the segment that selected it, for `count` segments from `begin`
     on, in the dtype of the keys. Where an entry holds no slot, anything may stand."""
     _, batch, kv_heads, entries = slots.shape
-    tiles = tiled.warped(KEYS, q.shape[3])._replace(entries=tiled.side(entries, KEYS.entries))
+    tiles = KEYS if q.shape[3] <= 64 else WIDE_KEYS
+    tiles = tiles._replace(entries=tiled.side(entries, tiles.entries))
     blocks = entries // tiles.entries
     of_keys, of_values = triton.call(
         _listed_gradients,
@@ -310,11 +318,14 @@ def _listed_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: in
     near = jnp.minimum(slot, width - 1)
     k, v = (plt.load(ref.at[batch, kv_head, near[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
 
-    def seen_by(token: Array) -> Array:
-        seen = (slot < width)[:, None] & (token > 0)[None, :]
-        return seen if leaves is None else seen & (token[None, :] <= leaves[:, None])
+    def seen_by(token: Array) -> Array | None:
+        # what entries without a slot receive is not gathered
+        return None if leaves is None else token[None, :] <= leaves[:, None]
 
-    pair = _over_rows(refs, (segment, kv_head, batch), k, v, seen_by, 0, form, dim, tiles)
+    # entries that hold slots stand before those that don't, and segments that fill the last part hold none
+    first_slot = plt.load(slots_ref.at[segment, batch, kv_head, number * tiles.entries])
+    end = form.stride * (first_slot < width).astype(jnp.int32)  # Triton's lowering of `where` wants an array
+    pair = _over_rows(refs, (segment, kv_head, batch), k, v, seen_by, (0, end), form, dim, tiles)
     for ref, gradient in ((of_keys_ref, pair.keys * dim**-0.5), (of_values_ref, pair.values)):
         plt.store(ref.at[local, batch, kv_head, entry[:, None], lane[None, :]], gradient.astype(ref.dtype))
 
@@ -384,8 +395,8 @@ def _selecting_key_gradients(
         q, back = (plt.load(ref.at[batch, near[:, None], head, lane[None, :]]) for ref in (q_ref, back_ref))
         normaliser, sums = (plt.load(ref.at[batch, near, head]) for ref in (normaliser_ref, sums_ref))
         token = form.first + segment * form.stride
-        seen = (slot[:, None] <= token[None, :]) & (segment < count)[None, :]
-        return _add_rows(pair, k, v, q, back, normaliser, sums, seen, dim)
+        normaliser = jnp.where(segment < count, normaliser, NEVER)
+        return _add_rows(pair, k, v, q, back, normaliser, sums, slot[:, None] <= token[None, :], dim)
 
     nothing = jnp.zeros(k.shape, jnp.float32)
     pair = lax.fori_loop(0, jnp.maximum(row_tiles - begin, 0) * groups, step, _Pair(nothing, nothing))
@@ -405,8 +416,11 @@ def gathered(
     gradients: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
     listed: tuple[Float[Array, "c B K P H"], Float[Array, "c B K P H"]],
     slots: Int[Array, "c B K P"],
+    begin: Int[Array, ""],
+    form: Form,
 ) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """`gradients` of keys and values with those of entries added to their slots. Slots stand in order, `NOWHERE` last."""
+    """`gradients` of keys and values with those of the entries of segments from `begin` on added to their slots. Slots
+    stand in order, `NOWHERE` last."""
     batch, kv_heads, width, _ = gradients[0].shape
     size = tiled.side(width, GATHERED.entries)
     blocks = width // size
@@ -416,13 +430,14 @@ def gathered(
     firsts = jax.vmap(functools.partial(jnp.searchsorted, method="scan_unrolled"), (0, None))(rows, edges)
     of_keys, of_values = triton.call(
         _gathered,
-        [*listed, slots, firsts.astype(jnp.int32).reshape(*slots.shape[:-1], blocks + 1)],
+        [*listed, slots, firsts.astype(jnp.int32).reshape(*slots.shape[:-1], blocks + 1), jnp.reshape(begin, 1)],
         [],
         (blocks, kv_heads, batch),
         "gather_keys_back",
         warps=GATHERED.warps,
         stages=GATHERED.stages,
         in_place=gradients,
+        form=form,
         size=size,
     )
     return of_keys, of_values
@@ -433,11 +448,13 @@ def _gathered(
     values_ref: Any,
     slots_ref: Any,
     firsts_ref: Any,
+    begin_ref: Any,
     old_keys_ref: Any,
     old_values_ref: Any,
     of_keys_ref: Any,
     of_values_ref: Any,
     *,
+    form: Form,
     size: int,
 ) -> None:
     """One program of `gathered`: a block of keys. It takes the runs of a few segments' entries at a time, and a product
@@ -471,6 +488,9 @@ def _gathered(
         return lax.fori_loop(0, (jnp.max(end - begin) + RUN - 1) // RUN, turn, pair)
 
     old = (plt.load(ref.at[batch, kv_head, key[:, None], lane[None, :]]) for ref in (old_keys_ref, old_values_ref))
-    pair = lax.fori_loop(0, pl.cdiv(count, at_once), visit, _Pair(*old))
+    # the first segment that may have selected any of these keys
+    first = jnp.maximum(block * size - form.first + form.stride - 1, 0) // form.stride
+    first = jnp.maximum(first - plt.load(begin_ref.at[jnp.int32(0)]), 0) // at_once
+    pair = lax.fori_loop(first, pl.cdiv(count, at_once), visit, _Pair(*old))
     for ref, gradient in ((of_keys_ref, pair.keys), (of_values_ref, pair.values)):
         plt.store(ref.at[batch, kv_head, key[:, None], lane[None, :]], gradient)

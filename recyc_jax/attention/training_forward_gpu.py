@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
@@ -14,7 +15,7 @@ from recyc_jax.attention import training_tiles_gpu as tiled
 from recyc_jax.attention import triton
 from recyc_jax.attention.training_tiles_gpu import MASKED, Form, Tiles
 
-FORWARD = Tiles()
+FORWARD = Tiles(rows=256, warps=8)
 SCORES = Tiles(rows=64, entries=128, stages=2)
 
 
@@ -32,7 +33,8 @@ def segments(
     """The outputs of all segments' tokens, and the log2 of their sums of exponentials; those of tokens that select are
     given."""
     batch, _, heads, lanes = q.shape
-    tiles = tiled.warped(FORWARD, lanes)._replace(rows=tiled.side(form.stride * (heads // keys.shape[1]), FORWARD.rows))
+    most = FORWARD.rows if lanes <= 64 else FORWARD.rows // 2  # else they don't fit in registers
+    tiles = FORWARD._replace(rows=tiled.side(form.stride * (heads // keys.shape[1]), most))
     tokens = slots.shape[0] * form.stride + 1
     shapes = [
         jax.ShapeDtypeStruct((batch, tokens, heads, lanes), q.dtype),
@@ -55,7 +57,8 @@ def _segments(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int) ->
     def step(slots: Array, seen: Array, carry: Any) -> Any:
         peak, total, out = carry
         k = plt.load(keys_ref.at[batch, kv_head, slots[:, None], lane[None, :]])
-        logits = jnp.where(seen, tiled.dot(q, k.T) * tiled.scale2(dim), MASKED)
+        logits = tiled.dot(q, k.T) * tiled.scale2(dim)
+        logits = logits if seen is None else jnp.where(seen, logits, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(logits - new_peak[:, None])
@@ -70,7 +73,7 @@ def _segments(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int) ->
     )
     where = (segment, batch, kv_head)
     peak, total, out = tiled.over_entries(step, carry, lists, where, rows.token, at.last, form, tiles.entries, width)
-    # a segment's first token saw nothing here: what it gives is known
+    # a segment's first token saw what is not its own here: what it gives is known
     selects = (rows.token == 0) & rows.there
     given = plt.load(first_ref.at[batch, segment, rows.head[:, None], lane[None, :]])
     given_normaliser = plt.load(first_normaliser_ref.at[batch, segment, rows.head])
@@ -120,16 +123,23 @@ def _scores(
     groups, width = q_ref.shape[2] // keys_ref.shape[1], keys_ref.shape[2]
     lane, slot = jnp.arange(q_ref.shape[3]), block * tiles.entries + jnp.arange(tiles.entries)
     local = number * tiles.rows + jnp.arange(tiles.rows)
-    segment = plt.load(begin_ref.at[jnp.int32(0)]) + local
+    begin = plt.load(begin_ref.at[jnp.int32(0)])
+    segment = begin + local
     near = jnp.minimum(segment, q_ref.shape[1] - 1)
     token = form.first + segment * form.stride
     k = plt.load(keys_ref.at[batch, kv_head, jnp.minimum(slot, width - 1)[:, None], lane[None, :]])
-    best = jnp.full((tiles.rows, tiles.entries), -jnp.inf, jnp.float32)
-    for group in range(groups):
+
+    def add(group: Array, best: Array) -> Array:
         head = kv_head * groups + group
         q = plt.load(q_ref.at[batch, near[:, None], head, lane[None, :]])
         normaliser = plt.load(normaliser_ref.at[batch, near, head])
-        best = jnp.maximum(best, tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None])
+        return jnp.maximum(best, tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None])
+
+    # nobody sees a tile of keys behind the last of these tokens
+    last = form.first + (begin + number * tiles.rows + tiles.rows - 1) * form.stride
+    some = (block * tiles.entries <= last).astype(jnp.int32)
+    nothing = jnp.full((tiles.rows, tiles.entries), -jnp.inf, jnp.float32)
+    best = lax.fori_loop(0, groups * some, add, nothing)
     seen = (slot[None, :] <= token[:, None]) & (slot < width)[None, :]
     out = jnp.where(seen, best, -jnp.inf)
     plt.store(out_ref.at[local[:, None], batch, kv_head, slot[None, :]], out)

@@ -23,7 +23,7 @@ from recyc_jax.attention.training import Dense, Recycle
 from recyc_jax.attention.training_backward_gpu import Cotangents
 from recyc_jax.attention.training_tiles_gpu import NOWHERE, Form
 
-AT_ONCE = 1 << 29
+AT_ONCE = 1 << 30
 """Bytes of scores, and of entries' gradients, that are in memory at once: bounds what long sequences take."""
 
 
@@ -34,9 +34,9 @@ def recycled(
     recycle: Recycle,
     dense: Dense,
 ) -> Float[Array, "B T N H"]:
-    """As `training.recycled`; the same bits every time. Made for 16-bit dtypes and head dims of at most 128: tensor cores
-    multiply no float32, and larger tiles don't fit. Logits are summed up in another order, so near-ties may be ranked
-    otherwise."""
+    """As `training.recycled`; what the kernels make is the same bits every time. Made for 16-bit dtypes and head dims of at
+    most 128: tensor cores multiply no float32, and larger tiles don't fit. Logits are summed up in another order, so
+    near-ties may be ranked otherwise."""
     first = recycle.prefix - 1
     before = dense(q[:, :first], k[:, :first], v[:, :first], None) if first else q[:, :0]
     lanes = max(tiled.LEAST, pl.next_power_of_2(q.shape[-1])) - q.shape[-1]
@@ -92,7 +92,7 @@ def _backward(first: int, recycle: Recycle, dim: int, kept: Any, gradient: Array
     def add(number: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
         begin = number * count
         listed = backward.listed_gradients(q, keys, values, slots, leaves, back, begin, count, form, dim)
-        return backward.gathered(both, listed, lax.dynamic_slice_in_dim(slots, begin, count))
+        return backward.gathered(both, listed, lax.dynamic_slice_in_dim(slots, begin, count), begin, form)
 
     both = lax.fori_loop(0, parts, add, both)
     of_keys, of_values = (x[:, :, :width].swapaxes(1, 2).astype(k.dtype) for x in both)
@@ -130,9 +130,8 @@ def _select(
         scores = forward.scores(selecting, keys, normaliser, begin, at_once, form, dim)[..., :width]
         token = form.first + form.stride * (begin + jnp.arange(at_once, dtype=jnp.int32))
         visible = jnp.arange(width, dtype=jnp.int32) <= token[:, None]
-        pool = functools.partial(select.pool, width=recycle.pool, lookahead=recycle.lookahead)
-        pooled = jax.vmap(pool, (1, None), 1)(scores, visible)
-        return select_gpu.top_slots_here(pooled, form.ranks, ordered)
+        pooled = select.pool(scores.reshape(at_once, -1, width), visible, recycle.pool, recycle.lookahead)
+        return select_gpu.top_slots_here(pooled.reshape(scores.shape), form.ranks, ordered)
 
     slots = lax.map(choose, at_once * jnp.arange(parts, dtype=jnp.int32)) if parts > 1 else choose(jnp.int32(0))[None]
     slots = slots.reshape(parts * at_once, *slots.shape[2:])[:count]

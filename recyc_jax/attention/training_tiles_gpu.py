@@ -8,6 +8,7 @@ tokens of all segments and one place of no meaning. Logits stand in base 2, time
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -44,11 +45,6 @@ class Tiles(NamedTuple):
     entries: int = 64
     warps: int = 4
     stages: int = 3
-
-
-def warped(tiles: Tiles, lanes: int) -> Tiles:
-    """With warps enough to hold what belongs to a tile in registers: 255 numbers a thread."""
-    return tiles._replace(warps=2 * tiles.warps) if lanes > 64 else tiles
 
 
 def side(size: int, most: int) -> int:
@@ -93,30 +89,31 @@ def over_entries(
     size: int,
     width: int,
 ) -> Any:
-    """The carry after `step(slots [E], seen [M, E], carry)` of all that tokens up to `last` of a segment attend to."""
+    """The carry after `step(slots [E], seen [M, E], carry)` of all that tokens up to `last` of a segment attend to. `seen`
+    is None where all tokens see all of the tile. A segment's token 0 sees what it selected."""
     slots_ref, *leaves_ref = lists
     segment = where[0]
     selects, lanes = form.first + segment * form.stride, jnp.arange(size)
 
-    def ranked(number: Array, carry: Any) -> Any:
+    def ranked(number: Array, carry: Any, whole: bool) -> Any:
+        seen: Any
         entry = number * size + lanes
         slot = plt.load(slots_ref.at[(*where, entry)])
-        leaves = plt.load(leaves_ref[0].at[(*where, entry)]) if leaves_ref else None
-        return step(jnp.minimum(slot, width - 1), ranked_seen(slot, leaves, token[:, None], width), carry)
+        seen = None if whole else jnp.broadcast_to((slot < width)[None, :], (token.size, size))
+        if leaves_ref:
+            stays = plt.load(leaves_ref[0].at[(*where, entry)])[None, :] >= token[:, None]
+            seen = stays if seen is None else seen & stays
+        return step(slot if whole else jnp.minimum(slot, width - 1), seen, carry)
 
     def new(number: Array, carry: Any) -> Any:
         since = 1 + number * size + lanes
         return step(jnp.minimum(selects + since, width - 1), new_seen(since[None], token[:, None], form), carry)
 
-    tiles = (jnp.minimum(form.ranks, selects + 1) + size - 1) // size  # slots stand before what holds none
-    carry = lax.fori_loop(0, tiles, ranked, carry)
+    held = jnp.minimum(form.ranks, selects + 1)  # entries that hold slots stand before those that don't
+    whole, tiles = held // size, (held + size - 1) // size
+    carry = lax.fori_loop(0, whole, functools.partial(ranked, whole=True), carry)
+    carry = lax.fori_loop(whole, tiles, functools.partial(ranked, whole=False), carry)
     return lax.fori_loop(0, (last + size - 1) // size, new, carry)
-
-
-def ranked_seen(slot: Int[Array, " E"], leaves: Array | None, token: Int[Array, "M 1"], width: int) -> Array:
-    """[M, E]: which entries tokens attend to."""
-    seen = (slot < width)[None, :] & (token > 0)
-    return seen if leaves is None else seen & (token <= leaves[None, :])
 
 
 def new_seen(since: Array, token: Array, form: Form) -> Array:
