@@ -292,7 +292,7 @@ def test_any_mesh_gives_the_loss_of_one_device():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "meshes: 5" in done.stdout
+    assert "meshes: 4" in done.stdout
 
 
 def on_meshes():
@@ -301,7 +301,7 @@ def on_meshes():
     batch = batch_of(config, 16)
     _, expected = jax.jit(taker(config, recycled, accumulate=2))(state_of(params, config), batch)
     count = 0
-    for data_, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (4, 1, 2)]:
+    for data_, fsdp, tensor in [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]:
         mesh = sharding.mesh(data_, fsdp, tensor)
         initial = state_of(params, config)
         places = sharding.shardings(initial, mesh)
