@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 import recyc_jax as rj
 from recyc_jax import sharding
-from recyc_jax.attention import training, training_api, training_forward_gpu, training_gpu, triton
+from recyc_jax.attention import (
+    training,
+    training_api,
+    training_backward_gpu,
+    training_forward_gpu,
+    training_gpu,
+    triton,
+)
 from recyc_jax.attention.training import Recycle
 from train import forward, step
 
@@ -81,6 +88,13 @@ def test_any_form_far_and_wide(data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
         assert_alike(recycle, inputs)
+
+
+def test_segments_of_more_rows_than_a_program_takes(monkeypatch):
+    """Gradients of queries and of entries are made apart."""
+    monkeypatch.setattr(training_backward_gpu, "SEGMENT", training_backward_gpu.SEGMENT._replace(rows=32))
+    monkeypatch.setattr(training_backward_gpu, "QUERIES", training_backward_gpu.QUERIES._replace(rows=32))
+    assert_alike(Recycle(3, 17, 20), arrays(60, heads=4, kv_heads=1))
 
 
 def test_long_sequences_go_in_parts(monkeypatch):

@@ -21,6 +21,7 @@ from recyc_jax.attention import training_tiles_gpu as tiled
 from recyc_jax.attention import triton
 from recyc_jax.attention.training_tiles_gpu import Form, Tiles
 
+SEGMENT = Tiles(rows=256, entries=64, warps=8, stages=2)
 QUERIES = Tiles(rows=128, entries=64, warps=8)
 KEYS, WIDE_KEYS = (
     Tiles(rows=32, entries=128),
@@ -43,7 +44,15 @@ class Cotangents(NamedTuple):
     sums: Array  # float32 [B, U, N]: output times cotangent, summed up. Nothing reads the last place of the three
 
 
-def query_gradients(
+class Entries(NamedTuple):
+    """What the keys and values of a part's entries receive from the segments that selected them. Where an entry holds no
+    slot, anything may stand."""
+
+    keys: Array  # [c, B, K, P, H]
+    values: Array
+
+
+def segment_gradients(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B K T H"],
     values: Float[Array, "B K T H"],
@@ -51,43 +60,82 @@ def query_gradients(
     leaves: Int[Array, "C B K P"] | None,
     back: Cotangents,
     of_selecting: Float[Array, "B C N H"],
+    of_queries: Float[Array, "B U N H"],
+    begin: Int[Array, ""],
+    count: int,
     form: Form,
     dim: int,
-) -> Float[Array, "B U N H"]:
-    """Of all segments' tokens; those of tokens that select are given."""
-    tiles = QUERIES._replace(rows=tiled.side(form.stride * (q.shape[2] // keys.shape[1]), QUERIES.rows))
-    shapes = [jax.ShapeDtypeStruct(back.out.shape, q.dtype)]
-    arrays = [q, keys, values, slots, *tiled.given(leaves), *back, of_selecting]
-    (out,) = tiled.by_rows(_query_gradients, arrays, shapes, tiles, "recycled_queries_back", form, dim)
-    return out
+) -> tuple[Float[Array, "B U N H"], Entries]:
+    """`of_queries` with the gradients of `count` segments' tokens from `begin` on written to it, those of tokens that
+    select as they are given; and what these segments' entries receive, in the dtype of the keys. Segments' own keys receive
+    theirs elsewhere (`new_key_gradients`)."""
+    batch, _, heads, lanes = q.shape
+    kv_heads, entries = keys.shape[1], slots.shape[3]
+    rows = form.stride * (heads // kv_heads)
+    # where a program holds all of a segment's rows, one pass over its entries makes all gradients
+    together = rows <= (SEGMENT.rows if lanes <= 64 else SEGMENT.rows // 2)
+    tiles = SEGMENT if together else QUERIES
+    tiles = tiles._replace(rows=tiled.side(rows, tiles.rows), entries=tiled.side(entries, tiles.entries))
+    row_tiles = pl.cdiv(rows, tiles.rows)
+    shapes = 2 * [jax.ShapeDtypeStruct((count, batch, kv_heads, entries, lanes), keys.dtype)]
+    *listed, out = triton.call(
+        _segment_gradients,
+        [q, keys, values, *back, slots, *tiled.given(leaves), of_selecting, jnp.reshape(begin, 1)],
+        shapes if together else [],
+        (count * row_tiles, kv_heads, batch),
+        "segments_back" if together else "segments_queries_back",
+        warps=tiles.warps,
+        stages=tiles.stages,
+        in_place=[of_queries],
+        form=form,
+        dim=dim,
+        tiles=tiles,
+        row_tiles=row_tiles,
+        together=together,
+    )
+    if together:
+        return out, Entries(*listed)
+    return out, _entries(q, keys, values, slots, leaves, back, begin, count, form, dim)
 
 
-def _query_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int) -> None:
-    """One program of `query_gradients`."""
-    q_ref, keys_ref, values_ref, *lists, back_ref, normaliser_ref, sums_ref, first_ref, out_ref = refs
+def _segment_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int, together: bool) -> None:
+    """One program of `segment_gradients`: a tile of a segment's rows, which are all there are if entries are done too."""
+    q_ref, keys_ref, values_ref, back_ref, normaliser_ref, sums_ref, *rest = refs
+    *rest, out_ref = rest
+    *lists, first_ref, begin_ref, _ = rest[:-2] if together else rest
+    entry_refs = rest[-2:] if together else []
     width, lane = keys_ref.shape[2], jnp.arange(q_ref.shape[3])
-    at = tiled.tile_of(q_ref, keys_ref, out_ref.shape[1], row_tiles, tiles.rows, form)
-    rows, segment, kv_head, batch = at.rows, at.segment, at.kv_head, at.batch
-    place = rows.place(segment, form)
-    token = jnp.minimum(form.first + place, width - 1)
-    q = plt.load(q_ref.at[batch, token[:, None], rows.head[:, None], lane[None, :]])
-    back = plt.load(back_ref.at[batch, place[:, None], rows.head[:, None], lane[None, :]])
-    normaliser, sums = (plt.load(ref.at[batch, place, rows.head]) for ref in (normaliser_ref, sums_ref))
+    begin = plt.load(begin_ref.at[jnp.int32(0)])
+    at = tiled.tile_of(q_ref, keys_ref, out_ref.shape[1], row_tiles, tiles.rows, form, begin)
+    rows, kv_head, batch = at.rows, at.kv_head, at.batch
+    token = form.first + at.place
+    q = plt.load(q_ref.at[batch, jnp.minimum(token, width - 1)[:, None], rows.head[:, None], lane[None, :]])
+    back = plt.load(back_ref.at[batch, at.place[:, None], rows.head[:, None], lane[None, :]])
+    normaliser, sums = (plt.load(ref.at[batch, at.place, rows.head]) for ref in (normaliser_ref, sums_ref))
+    normaliser = jnp.where(rows.there & (token < width) & (rows.token > 0), normaliser, NEVER)
 
-    def step(slots: Array, seen: Array, gradient: Array) -> Array:
+    def step(slots: Array, seen: Any, entries: Array | None, gradient: Array) -> Array:
         k, v = (plt.load(ref.at[batch, kv_head, slots[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
         weights = jnp.exp2(tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None])
         weights = weights if seen is None else jnp.where(seen, weights, 0)
-        of_logits = weights * (tiled.dot(back, v.T) - sums[:, None])
-        return gradient + tiled.dot(of_logits.astype(k.dtype), k)
+        of_logits = (weights * (tiled.dot(back, v.T) - sums[:, None])).astype(k.dtype)
+        if together and entries is not None:
+            # turned around: these products' tall sides are the head dim, not the few entries
+            of_keys = tiled.dot(q.T, of_logits).T * dim**-0.5
+            of_values = tiled.dot(back.T, weights.astype(back.dtype)).T
+            for ref, of_entries in zip(entry_refs, (of_keys, of_values), strict=True):
+                to = ref.at[at.local, batch, kv_head, entries[:, None], lane[None, :]]
+                plt.store(to, of_entries.astype(ref.dtype))
+        return gradient + tiled.dot(of_logits, k)
 
     start = jnp.zeros((tiles.rows, lane.size), jnp.float32)
-    where = (segment, batch, kv_head)
+    where = (at.segment, batch, kv_head)
     gradient = tiled.over_entries(step, start, lists, where, rows.token, at.last, form, tiles.entries, width)
-    given = plt.load(first_ref.at[batch, segment, rows.head[:, None], lane[None, :]])
+    near = jnp.minimum(at.segment, first_ref.shape[1] - 1)
+    given = plt.load(first_ref.at[batch, near, rows.head[:, None], lane[None, :]])
     out = jnp.where((rows.token == 0)[:, None], given, (gradient * dim**-0.5).astype(given.dtype))
     there = jnp.broadcast_to(rows.there[:, None], out.shape)
-    plt.store(out_ref.at[batch, at.place[:, None], rows.head[:, None], lane[None, :]], out, mask=there)
+    plt.store(out_ref.at[batch, at.to[:, None], rows.head[:, None], lane[None, :]], out, mask=there)
 
 
 def selecting_query_gradients(
@@ -271,7 +319,7 @@ def _over_rows(
     return lax.fori_loop(begin * groups // tiles.rows, end, step, _Pair(nothing, nothing))
 
 
-def listed_gradients(
+def _entries(
     q: Float[Array, "B T N H"],
     keys: Float[Array, "B K T H"],
     values: Float[Array, "B K T H"],
@@ -282,19 +330,18 @@ def listed_gradients(
     count: int,
     form: Form,
     dim: int,
-) -> tuple[Float[Array, "c B K P H"], Float[Array, "c B K P H"]]:
-    """What the keys and values of each entry receive from the segment that selected it, for `count` segments from `begin`
-    on, in the dtype of the keys. Where an entry holds no slot, anything may stand."""
+) -> Entries:
+    """The entries' part of `segment_gradients` where segments have more rows than a program takes."""
     _, batch, kv_heads, entries = slots.shape
     tiles = KEYS if q.shape[3] <= 64 else WIDE_KEYS
     tiles = tiles._replace(entries=tiled.side(entries, tiles.entries))
     blocks = entries // tiles.entries
     of_keys, of_values = triton.call(
-        _listed_gradients,
+        _entry_gradients,
         [q, keys, values, *back, slots, *tiled.given(leaves), jnp.reshape(begin, 1)],
         2 * [jax.ShapeDtypeStruct((count, batch, kv_heads, entries, q.shape[3]), keys.dtype)],
         (count * blocks, kv_heads, batch),
-        "listed_keys_back",
+        "entries_back",
         warps=tiles.warps,
         stages=tiles.stages,
         form=form,
@@ -302,11 +349,11 @@ def listed_gradients(
         tiles=tiles,
         blocks=blocks,
     )
-    return of_keys, of_values
+    return Entries(of_keys, of_values)
 
 
-def _listed_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: int) -> None:
-    """One program of `listed_gradients`: a tile of a segment's entries."""
+def _entry_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: int) -> None:
+    """One program of `_entries`: a tile of a segment's entries."""
     _, keys_ref, values_ref, _, _, _, slots_ref, *leaves_ref, begin_ref, of_keys_ref, of_values_ref = refs
     at, kv_head, batch = (pl.program_id(axis) for axis in range(3))
     local, number = tiled.apart(at, blocks)
@@ -414,7 +461,7 @@ def _selecting_key_gradients(
 
 def gathered(
     gradients: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
-    listed: tuple[Float[Array, "c B K P H"], Float[Array, "c B K P H"]],
+    listed: Entries,
     slots: Int[Array, "c B K P"],
     begin: Int[Array, ""],
     form: Form,

@@ -40,8 +40,20 @@ def segments(
         jax.ShapeDtypeStruct((batch, tokens, heads, lanes), q.dtype),
         jax.ShapeDtypeStruct((batch, tokens, heads), jnp.float32),
     ]
-    arrays = [q, keys, values, slots, *tiled.given(leaves), first_out, first_normaliser]
-    out, normaliser = tiled.by_rows(_segments, arrays, shapes, tiles, "recycled_segments", form, dim)
+    row_tiles = pl.cdiv(form.stride * (heads // keys.shape[1]), tiles.rows)
+    out, normaliser = triton.call(
+        _segments,
+        [q, keys, values, slots, *tiled.given(leaves), first_out, first_normaliser],
+        shapes,
+        (slots.shape[0] * row_tiles, keys.shape[1], batch),
+        "recycled_segments",
+        warps=tiles.warps,
+        stages=tiles.stages,
+        form=form,
+        dim=dim,
+        tiles=tiles._replace(entries=tiled.side(slots.shape[3], tiles.entries)),
+        row_tiles=row_tiles,
+    )
     return out, normaliser
 
 
@@ -49,12 +61,12 @@ def _segments(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int) ->
     """One program of `segments`."""
     q_ref, keys_ref, values_ref, *lists, first_ref, first_normaliser_ref, out_ref, normaliser_ref = refs
     width, lane = keys_ref.shape[2], jnp.arange(q_ref.shape[3])
-    at = tiled.tile_of(q_ref, keys_ref, out_ref.shape[1], row_tiles, tiles.rows, form)
+    at = tiled.tile_of(q_ref, keys_ref, out_ref.shape[1], row_tiles, tiles.rows, form, 0)
     rows, segment, kv_head, batch = at.rows, at.segment, at.kv_head, at.batch
-    token = jnp.minimum(form.first + rows.place(segment, form), width - 1)
+    token = jnp.minimum(form.first + at.place, width - 1)
     q = plt.load(q_ref.at[batch, token[:, None], rows.head[:, None], lane[None, :]])
 
-    def step(slots: Array, seen: Array, carry: Any) -> Any:
+    def step(slots: Array, seen: Any, entries: Array | None, carry: Any) -> Any:
         peak, total, out = carry
         k = plt.load(keys_ref.at[batch, kv_head, slots[:, None], lane[None, :]])
         logits = tiled.dot(q, k.T) * tiled.scale2(dim)
@@ -80,8 +92,8 @@ def _segments(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles: int) ->
     out = jnp.where(selects[:, None], given, (out / total[:, None]).astype(given.dtype))
     normaliser = jnp.where(selects, given_normaliser, peak + jnp.log2(total))
     there = jnp.broadcast_to(rows.there[:, None], out.shape)
-    plt.store(out_ref.at[batch, at.place[:, None], rows.head[:, None], lane[None, :]], out, mask=there)
-    plt.store(normaliser_ref.at[batch, at.place, rows.head], normaliser, mask=rows.there)
+    plt.store(out_ref.at[batch, at.to[:, None], rows.head[:, None], lane[None, :]], out, mask=there)
+    plt.store(normaliser_ref.at[batch, at.to, rows.head], normaliser, mask=rows.there)
 
 
 def scores(

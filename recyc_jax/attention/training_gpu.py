@@ -79,9 +79,6 @@ def _backward(first: int, recycle: Recycle, dim: int, kept: Any, gradient: Array
     of_first = Cotangents(*(x[:, : -1 : form.stride] for x in back))
 
     of_selecting = backward.selecting_query_gradients(selecting, keys, values, of_first, form, dim)
-    of_queries = backward.query_gradients(q, keys, values, slots, leaves, back, of_selecting, form, dim)
-    of_queries = jnp.pad(of_queries[:, : width - first], ((0, 0), (first, 0), (0, 0), (0, 0)))
-
     new = backward.new_key_gradients(q, keys, values, back, form, dim)
     both = backward.selecting_key_gradients(selecting, keys, values, of_first, new, form, dim)
     size = 2 * q.dtype.itemsize * q.shape[3] * slots[0].size
@@ -89,12 +86,17 @@ def _backward(first: int, recycle: Recycle, dim: int, kept: Any, gradient: Array
     slots = _lengthened(slots, parts * count, NOWHERE)
     leaves = None if leaves is None else _lengthened(leaves, parts * count, 0)
 
-    def add(number: Array, both: tuple[Array, Array]) -> tuple[Array, Array]:
-        begin = number * count
-        listed = backward.listed_gradients(q, keys, values, slots, leaves, back, begin, count, form, dim)
-        return backward.gathered(both, listed, lax.dynamic_slice_in_dim(slots, begin, count), begin, form)
+    def add(number: Array, made: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
+        of_queries, both = made
+        part = number * count, count, form, dim
+        of_queries, listed = backward.segment_gradients(
+            q, keys, values, slots, leaves, back, of_selecting, of_queries, *part
+        )
+        in_part = lax.dynamic_slice_in_dim(slots, part[0], count)
+        return of_queries, backward.gathered(both, listed, in_part, part[0], form)
 
-    both = lax.fori_loop(0, parts, add, both)
+    of_queries, both = lax.fori_loop(0, parts, add, (jnp.zeros_like(out), both))
+    of_queries = jnp.pad(of_queries[:, : width - first], ((0, 0), (first, 0), (0, 0), (0, 0)))
     of_keys, of_values = (x[:, :, :width].swapaxes(1, 2).astype(k.dtype) for x in both)
     return of_queries, of_keys, of_values
 

@@ -19,8 +19,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Int
 
-from recyc_jax.attention import triton
-
 NOWHERE = 1 << 30
 """The slot of an entry that holds none: behind all others."""
 MASKED = -1e30
@@ -79,7 +77,7 @@ def rows_of(number: Array, size: int, kv_head: Array, groups: int, form: Form) -
 
 
 def over_entries(
-    step: Callable[[Array, Array, Any], Any],
+    step: Callable[[Array, Any, Array | None, Any], Any],
     carry: Any,
     lists: Sequence[Any],  # references: slots, and where ranked keys leave, the last token that sees each
     where: tuple[Array, Array, Array],
@@ -89,11 +87,13 @@ def over_entries(
     size: int,
     width: int,
 ) -> Any:
-    """The carry after `step(slots [E], seen [M, E], carry)` of all that tokens up to `last` of a segment attend to. `seen`
-    is None where all tokens see all of the tile. A segment's token 0 sees what it selected."""
+    """The carry after `step(slots [E], seen [M, E], entries [E], carry)` of all that tokens up to `last` of a segment see.
+    `seen` is None where all tokens see all of the tile, `entries` where it holds the segment's own tokens. A segment's
+    token 0 sees what it selected. Where entries hold no slot at all, as in what fills a part, nothing is seen."""
     slots_ref, *leaves_ref = lists
     segment = where[0]
     selects, lanes = form.first + segment * form.stride, jnp.arange(size)
+    some = (plt.load(slots_ref.at[(*where, jnp.int32(0))]) < width).astype(jnp.int32)
 
     def ranked(number: Array, carry: Any, whole: bool) -> Any:
         seen: Any
@@ -103,17 +103,18 @@ def over_entries(
         if leaves_ref:
             stays = plt.load(leaves_ref[0].at[(*where, entry)])[None, :] >= token[:, None]
             seen = stays if seen is None else seen & stays
-        return step(slot if whole else jnp.minimum(slot, width - 1), seen, carry)
+        return step(slot if whole else jnp.minimum(slot, width - 1), seen, entry, carry)
 
     def new(number: Array, carry: Any) -> Any:
         since = 1 + number * size + lanes
-        return step(jnp.minimum(selects + since, width - 1), new_seen(since[None], token[:, None], form), carry)
+        seen = new_seen(since[None], token[:, None], form)
+        return step(jnp.minimum(selects + since, width - 1), seen, None, carry)
 
-    held = jnp.minimum(form.ranks, selects + 1)  # entries that hold slots stand before those that don't
+    held = some * jnp.minimum(form.ranks, selects + 1)  # entries that hold slots stand before those that don't
     whole, tiles = held // size, (held + size - 1) // size
     carry = lax.fori_loop(0, whole, functools.partial(ranked, whole=True), carry)
     carry = lax.fori_loop(whole, tiles, functools.partial(ranked, whole=False), carry)
-    return lax.fori_loop(0, (last + size - 1) // size, new, carry)
+    return lax.fori_loop(0, some * (last + size - 1) // size, new, carry)
 
 
 def new_seen(since: Array, token: Array, form: Form) -> Array:
@@ -134,43 +135,26 @@ def given(leaves: Array | None) -> tuple[Array, ...]:
     return () if leaves is None else (leaves,)
 
 
-def by_rows(
-    kernel: Any, arrays: list[Array], shapes: list[Any], tiles: Tiles, name: str, form: Form, dim: int
-) -> list[Array]:
-    """A program for each tile of a segment's rows."""
-    batch, _, heads, _ = arrays[0].shape
-    kv_heads, count = arrays[1].shape[1], arrays[3].shape[0]
-    row_tiles = pl.cdiv(form.stride * (heads // kv_heads), tiles.rows)
-    return triton.call(
-        kernel,
-        arrays,
-        shapes,
-        (count * row_tiles, kv_heads, batch),
-        name,
-        warps=tiles.warps,
-        stages=tiles.stages,
-        form=form,
-        dim=dim,
-        tiles=tiles._replace(entries=side(arrays[3].shape[3], tiles.entries)),
-        row_tiles=row_tiles,
-    )
-
-
 class Tile(NamedTuple):
-    """Where a program of `_by_rows` is."""
+    """Where a program that takes a tile of a segment's rows is."""
 
     segment: Array
+    local: Array  # the segment, counted from the first of its part
     kv_head: Array
     batch: Array
     rows: Rows
     last: Array  # the last token of its rows
-    place: Array  # of each row in what it writes; the trash place where there is no row
+    place: Array  # of each row in what it reads; where there is no row, of one that is
+    to: Array  # of each row in what it writes; the place of no meaning where there is no row
 
 
-def tile_of(q_ref: Any, keys_ref: Any, places: int, row_tiles: int, size: int, form: Form) -> Tile:
+def tile_of(q_ref: Any, keys_ref: Any, places: int, row_tiles: int, size: int, form: Form, begin: Array | int) -> Tile:
+    """This program's; the grid is (segments of a part times tiles of rows, key/value heads, batch)."""
     at, kv_head, batch = (pl.program_id(axis) for axis in range(3))
-    segment, number = apart(at, row_tiles)
+    local, number = apart(at, row_tiles)
+    segment = begin + local
     groups = q_ref.shape[2] // keys_ref.shape[1]
     rows = rows_of(number, size, kv_head, groups, form)
     last = jnp.minimum((number * size + size - 1) // groups, form.stride - 1)
-    return Tile(segment, kv_head, batch, rows, last, jnp.where(rows.there, rows.place(segment, form), places - 1))
+    place = jnp.minimum(rows.place(segment, form), places - 1)
+    return Tile(segment, local, kv_head, batch, rows, last, place, jnp.where(rows.there, place, places - 1))
