@@ -26,6 +26,7 @@ ORDER = [  # each module may import from lines above its own
     },
     {"recyc_jax.attention.training_tiles_gpu"},
     {"recyc_jax.attention.training_forward_gpu", "recyc_jax.attention.training_backward_gpu"},
+    {"recyc_jax.attention.training_selecting_gpu"},
     {"recyc_jax.attention.training_gpu"},
     {"recyc_jax.attention.training_api"},
     {"recyc_jax.policies.base", "recyc_jax.policies.schedules"},

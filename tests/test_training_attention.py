@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -192,7 +193,7 @@ def test_no_array_of_length_times_length_is_made():
     step = jax.jit(jax.grad(lambda q, k, v: jnp.sum(training.recycled(q, k, v, recycle)), (0, 1, 2)))
     sizes = [
         aval.size
-        for equation in _equations(jax.make_jaxpr(step)(q, k, v).jaxpr)
+        for equation in jaxprs.equations(jax.make_jaxpr(step)(q, k, v).jaxpr)
         for aval in (var.aval for var in equation.outvars)
         if hasattr(aval, "size")
     ]
@@ -207,15 +208,7 @@ def test_the_gradient_does_not_select_again(config, remat):
     def loss(params, tokens):
         return jnp.sum(forward.token_losses(params, config, tokens, None, recycled(Recycle(1, 8, 16)), remat=remat))
 
-    names = [equation.primitive.name for equation in _equations(jax.make_jaxpr(jax.grad(loss))(shapes, tokens).jaxpr)]
+    names = [
+        equation.primitive.name for equation in jaxprs.equations(jax.make_jaxpr(jax.grad(loss))(shapes, tokens).jaxpr)
+    ]
     assert names.count("top_k") == 1  # in the scan over layers, in the loop over blocks
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (list, tuple)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner)

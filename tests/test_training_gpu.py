@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jaxprs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -141,20 +142,10 @@ def test_the_gradient_neither_selects_nor_attends_again(config, remat, recycle, 
         return jnp.sum(forward.token_losses(params, config, tokens, None, attention, remat=remat))
 
     traced = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((1, 64), jnp.int32))
-    names = [called(equation) for equation in equations(traced.jaxpr)]
+    names = [called(equation) for equation in jaxprs.equations(traced.jaxpr)]
     for name in ("dot_product_attention_fwd_wrapper", "selecting_attention", "selection_scores", "recycled_segments"):
         there = (recycle is None or recycle.prefix > 1) if name.startswith("dot") else recycle is not None
         assert names.count(name) == there, name
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (list, tuple)) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 def called(equation):

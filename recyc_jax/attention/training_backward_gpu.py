@@ -23,12 +23,9 @@ from recyc_jax.attention.training_tiles_gpu import Form, Tiles
 
 SEGMENT = Tiles(rows=256, entries=64, warps=8, stages=2)
 QUERIES = Tiles(rows=128, entries=64, warps=8)
-KEYS, WIDE_KEYS = (
-    Tiles(rows=32, entries=128),
-    Tiles(rows=64, entries=128, warps=8, stages=2),
-)  # the latter for 128 lanes
+KEYS = Tiles(rows=32, entries=128)
+WIDE_KEYS = Tiles(rows=64, entries=128, warps=8, stages=2)  # for 128 lanes
 NEW_KEYS = Tiles(rows=64, entries=64)
-SELECTING = Tiles(rows=64, entries=64)
 GATHERED = Tiles(entries=64, stages=2)
 RUN = 16
 """Entries of a segment that a block of keys gathers at a time."""
@@ -138,80 +135,15 @@ def _segment_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, row_tiles
     plt.store(out_ref.at[batch, at.to[:, None], rows.head[:, None], lane[None, :]], out, mask=there)
 
 
-def selecting_query_gradients(
-    selecting: Float[Array, "B C N H"],
-    keys: Float[Array, "B K T H"],
-    values: Float[Array, "B K T H"],
-    back: Cotangents,
-    form: Form,
-    dim: int,
-) -> Float[Array, "B C N H"]:
-    """Of the tokens that select; `back` is theirs, [B, C, ...]."""
-    batch, count, heads, lanes = selecting.shape
-    tiles = SELECTING._replace(rows=tiled.side(count, SELECTING.rows))
-    blocks = pl.cdiv(count, tiles.rows)
-    (out,) = triton.call(
-        _selecting_query_gradients,
-        [selecting, keys, values, *back],
-        [jax.ShapeDtypeStruct((batch, blocks * tiles.rows, heads, lanes), selecting.dtype)],
-        (blocks, heads, batch),
-        "selecting_queries_back",
-        warps=tiles.warps,
-        stages=tiles.stages,
-        form=form,
-        dim=dim,
-        tiles=tiles,
-    )
-    return out[:, :count]
-
-
-def _selecting_query_gradients(
-    q_ref: Any,
-    keys_ref: Any,
-    values_ref: Any,
-    back_ref: Any,
-    normaliser_ref: Any,
-    sums_ref: Any,
-    out_ref: Any,
-    *,
-    form: Form,
-    dim: int,
-    tiles: Tiles,
-) -> None:
-    """One program of `selecting_query_gradients`."""
-    number, head, batch = (pl.program_id(axis) for axis in range(3))
-    kv_head, width = head // (q_ref.shape[2] // keys_ref.shape[1]), keys_ref.shape[2]
-    lane, lanes = jnp.arange(q_ref.shape[3]), jnp.arange(tiles.entries)
-    segment = number * tiles.rows + jnp.arange(tiles.rows)
-    near = jnp.minimum(segment, q_ref.shape[1] - 1)
-    token = form.first + near * form.stride
-    q, back = (plt.load(ref.at[batch, near[:, None], head, lane[None, :]]) for ref in (q_ref, back_ref))
-    normaliser, sums = (plt.load(ref.at[batch, near, head]) for ref in (normaliser_ref, sums_ref))
-
-    def step(block: Array, gradient: Array) -> Array:
-        slot = block * tiles.entries + lanes
-        at = jnp.minimum(slot, width - 1)
-        k, v = (plt.load(ref.at[batch, kv_head, at[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
-        seen = slot[None, :] <= token[:, None]
-        weights = jnp.where(seen, jnp.exp2(tiled.dot(q, k.T) * tiled.scale2(dim) - normaliser[:, None]), 0)
-        of_logits = weights * (tiled.dot(back, v.T) - sums[:, None])
-        return gradient + tiled.dot(of_logits.astype(k.dtype), k)
-
-    last = jnp.minimum(form.first + (number * tiles.rows + tiles.rows - 1) * form.stride, width - 1)
-    start = jnp.zeros((tiles.rows, lane.size), jnp.float32)
-    gradient = lax.fori_loop(0, last // tiles.entries + 1, step, start) * dim**-0.5
-    plt.store(out_ref.at[batch, segment[:, None], head, lane[None, :]], gradient.astype(out_ref.dtype))
-
-
-class _Pair(NamedTuple):
+class Pair(NamedTuple):
     """Gradients of a tile's keys and values."""
 
     keys: Array
     values: Array
 
 
-def _add_rows(
-    pair: _Pair,
+def add_rows(
+    pair: Pair,
     k: Float[Array, "E H"],
     v: Float[Array, "E H"],
     q: Float[Array, "M H"],
@@ -220,13 +152,13 @@ def _add_rows(
     sums: Float[Array, " M"],
     seen: Array | None,  # [E, M]; None: rows see all of the keys, or nothing where their normaliser is `NEVER`
     dim: int,
-) -> _Pair:
+) -> Pair:
     """What these rows add to the gradients of keys and values; those of keys want `dim**-0.5` at the end."""
     weights = jnp.exp2(tiled.dot(k, q.T) * tiled.scale2(dim) - normaliser[None, :])
     weights = weights if seen is None else jnp.where(seen, weights, 0)
     of_values = pair.values + tiled.dot(weights.astype(back.dtype), back)
     of_logits = weights * (tiled.dot(v, back.T) - sums[None, :])
-    return _Pair(pair.keys + tiled.dot(of_logits.astype(q.dtype), q), of_values)
+    return Pair(pair.keys + tiled.dot(of_logits.astype(q.dtype), q), of_values)
 
 
 def new_key_gradients(
@@ -295,14 +227,14 @@ def _over_rows(
     form: Form,
     dim: int,
     tiles: Tiles,
-) -> _Pair:
+) -> Pair:
     """What a tile of keys and values receives from a segment's tokens, from the first to before the second of `tokens`;
     `seen_by(tokens [M])` says which of the keys they attend to, [E, M], or None for all. Its first token doesn't count."""
     q_ref, keys_ref, _, back_ref, normaliser_ref, sums_ref = refs[:6]
     segment, kv_head, batch = where
     groups, width, lane = q_ref.shape[2] // keys_ref.shape[1], keys_ref.shape[2], jnp.arange(q_ref.shape[3])
 
-    def step(number: Array, pair: _Pair) -> _Pair:
+    def step(number: Array, pair: Pair) -> Pair:
         rows = tiled.rows_of(number, tiles.rows, kv_head, groups, form)
         place = rows.place(segment, form)
         token = form.first + place
@@ -311,12 +243,12 @@ def _over_rows(
         back = plt.load(back_ref.at[batch, place[:, None], rows.head[:, None], lane[None, :]])
         normaliser, sums = (plt.load(ref.at[batch, place, rows.head]) for ref in (normaliser_ref, sums_ref))
         normaliser = jnp.where(rows.there & (token < width) & (rows.token > 0), normaliser, NEVER)
-        return _add_rows(pair, k, v, q, back, normaliser, sums, seen_by(rows.token), dim)
+        return add_rows(pair, k, v, q, back, normaliser, sums, seen_by(rows.token), dim)
 
     nothing = jnp.zeros(k.shape, jnp.float32)
     begin, end = tokens
     end = (end * groups + tiles.rows - 1) // tiles.rows
-    return lax.fori_loop(begin * groups // tiles.rows, end, step, _Pair(nothing, nothing))
+    return lax.fori_loop(begin * groups // tiles.rows, end, step, Pair(nothing, nothing))
 
 
 def _entries(
@@ -377,88 +309,6 @@ def _entry_gradients(*refs: Any, form: Form, dim: int, tiles: Tiles, blocks: int
         plt.store(ref.at[local, batch, kv_head, entry[:, None], lane[None, :]], gradient.astype(ref.dtype))
 
 
-def selecting_key_gradients(
-    selecting: Float[Array, "B C N H"],
-    keys: Float[Array, "B K T H"],
-    values: Float[Array, "B K T H"],
-    back: Cotangents,
-    new: tuple[Array, Array],  # of `new_key_gradients`
-    form: Form,
-    dim: int,
-) -> tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]]:
-    """What all keys and values receive from the tokens that select (`back` is theirs, [B, C, ...]), with `new` added;
-    float32. S is T in whole tiles."""
-    batch, kv_heads, width, lanes = keys.shape
-    tiles = SELECTING._replace(
-        rows=tiled.side(selecting.shape[1], SELECTING.rows), entries=tiled.side(width, SELECTING.entries)
-    )
-    blocks = pl.cdiv(width, tiles.entries)
-    of_keys, of_values = triton.call(
-        _selecting_key_gradients,
-        [selecting, keys, values, *back, *new],
-        2 * [jax.ShapeDtypeStruct((batch, kv_heads, blocks * tiles.entries, lanes), jnp.float32)],
-        (blocks, kv_heads, batch),
-        "selecting_keys_back",
-        warps=tiles.warps,
-        stages=tiles.stages,
-        form=form,
-        dim=dim,
-        tiles=tiles,
-    )
-    return of_keys, of_values
-
-
-def _selecting_key_gradients(
-    q_ref: Any,
-    keys_ref: Any,
-    values_ref: Any,
-    back_ref: Any,
-    normaliser_ref: Any,
-    sums_ref: Any,
-    new_keys_ref: Any,
-    new_values_ref: Any,
-    of_keys_ref: Any,
-    of_values_ref: Any,
-    *,
-    form: Form,
-    dim: int,
-    tiles: Tiles,
-) -> None:
-    """One program of `selecting_key_gradients`: a tile of keys."""
-    block, kv_head, batch = (pl.program_id(axis) for axis in range(3))
-    count, groups, width = q_ref.shape[1], q_ref.shape[2] // keys_ref.shape[1], keys_ref.shape[2]
-    lane, slot = jnp.arange(q_ref.shape[3]), block * tiles.entries + jnp.arange(tiles.entries)
-    near_slot = jnp.minimum(slot, width - 1)
-    k, v = (plt.load(ref.at[batch, kv_head, near_slot[:, None], lane[None, :]]) for ref in (keys_ref, values_ref))
-    row_tiles = pl.cdiv(count, tiles.rows)
-    # the first token that selects and sees any of these keys
-    begin = jnp.maximum(block * tiles.entries - form.first + form.stride - 1, 0) // form.stride // tiles.rows
-
-    def step(turn: Array, pair: _Pair) -> _Pair:
-        number, group = tiled.apart(turn, groups)
-        number, head = begin + number, kv_head * groups + group
-        segment = number * tiles.rows + jnp.arange(tiles.rows)
-        near = jnp.minimum(segment, count - 1)
-        q, back = (plt.load(ref.at[batch, near[:, None], head, lane[None, :]]) for ref in (q_ref, back_ref))
-        normaliser, sums = (plt.load(ref.at[batch, near, head]) for ref in (normaliser_ref, sums_ref))
-        token = form.first + segment * form.stride
-        normaliser = jnp.where(segment < count, normaliser, NEVER)
-        return _add_rows(pair, k, v, q, back, normaliser, sums, slot[:, None] <= token[None, :], dim)
-
-    nothing = jnp.zeros(k.shape, jnp.float32)
-    pair = lax.fori_loop(0, jnp.maximum(row_tiles - begin, 0) * groups, step, _Pair(nothing, nothing))
-    place = slot - form.first
-    new = (place >= 0) & (slot < width)
-    place = jnp.where(new, place, 0)
-    for ref, new_ref, gradient in (
-        (of_keys_ref, new_keys_ref, pair.keys * dim**-0.5),
-        (of_values_ref, new_values_ref, pair.values),
-    ):
-        mask = jnp.broadcast_to(new[:, None], gradient.shape)
-        more = plt.load(new_ref.at[batch, kv_head, place[:, None], lane[None, :]], mask=mask, other=0)
-        plt.store(ref.at[batch, kv_head, slot[:, None], lane[None, :]], gradient + more)
-
-
 def gathered(
     gradients: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"]],
     listed: Entries,
@@ -513,14 +363,14 @@ def _gathered(
     of_run, in_run = tiled.apart(taken, RUN)
     key = block * size + jnp.arange(size)
 
-    def visit(number: Array, pair: _Pair) -> _Pair:
+    def visit(number: Array, pair: Pair) -> Pair:
         segment = number * at_once + of_run
         near = jnp.minimum(segment, count - 1)
         begin = plt.load(firsts_ref.at[near, batch, kv_head, block])
         end = plt.load(firsts_ref.at[near, batch, kv_head, block + 1])
         end = jnp.where(segment < count, end, begin)
 
-        def turn(number: Array, pair: _Pair) -> _Pair:
+        def turn(number: Array, pair: Pair) -> Pair:
             entry = begin + number * RUN + in_run
             inside, near_entry = entry < end, jnp.minimum(entry, entries - 1)
             slot = plt.load(slots_ref.at[near, batch, kv_head, near_entry], mask=inside, other=-1)
@@ -530,7 +380,7 @@ def _gathered(
                 plt.load(ref.at[near[:, None], batch, kv_head, near_entry[:, None], lane[None, :]], mask=mask, other=0)
                 for ref in (keys_ref, values_ref)
             )
-            return _Pair(pair.keys + tiled.dot(mine, k), pair.values + tiled.dot(mine, v))
+            return Pair(pair.keys + tiled.dot(mine, k), pair.values + tiled.dot(mine, v))
 
         return lax.fori_loop(0, (jnp.max(end - begin) + RUN - 1) // RUN, turn, pair)
 
@@ -538,6 +388,6 @@ def _gathered(
     # the first segment that may have selected any of these keys
     first = jnp.maximum(block * size - form.first + form.stride - 1, 0) // form.stride
     first = jnp.maximum(first - plt.load(begin_ref.at[jnp.int32(0)]), 0) // at_once
-    pair = lax.fori_loop(first, pl.cdiv(count, at_once), visit, _Pair(*old))
+    pair = lax.fori_loop(first, pl.cdiv(count, at_once), visit, Pair(*old))
     for ref, gradient in ((of_keys_ref, pair.keys), (of_values_ref, pair.values)):
         plt.store(ref.at[batch, kv_head, key[:, None], lane[None, :]], gradient)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from recyc_jax.attention import prefill_gpu, select, select_gpu, training
 from recyc_jax.attention import training_backward_gpu as backward
 from recyc_jax.attention import training_forward_gpu as forward
+from recyc_jax.attention import training_selecting_gpu as selecting_back
 from recyc_jax.attention import training_tiles_gpu as tiled
 from recyc_jax.attention.training import Dense, Recycle
 from recyc_jax.attention.training_backward_gpu import Cotangents
@@ -78,9 +79,9 @@ def _backward(first: int, recycle: Recycle, dim: int, kept: Any, gradient: Array
     back = Cotangents(gradient, normaliser, sums)
     of_first = Cotangents(*(x[:, : -1 : form.stride] for x in back))
 
-    of_selecting = backward.selecting_query_gradients(selecting, keys, values, of_first, form, dim)
+    of_selecting = selecting_back.query_gradients(selecting, keys, values, of_first, form, dim)
     new = backward.new_key_gradients(q, keys, values, back, form, dim)
-    both = backward.selecting_key_gradients(selecting, keys, values, of_first, new, form, dim)
+    both = selecting_back.key_gradients(selecting, keys, values, of_first, new, form, dim)
     size = 2 * q.dtype.itemsize * q.shape[3] * slots[0].size
     parts, count = _parts(slots.shape[0], size, 1)
     slots = _lengthened(slots, parts * count, NOWHERE)

@@ -1,0 +1,12 @@
+"""What tests look at of traced programs."""
+
+
+def equations(jaxpr):
+    """Its equations, and those of the programs in them."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
