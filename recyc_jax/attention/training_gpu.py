@@ -140,9 +140,8 @@ def _select(
     slots = slots.reshape(parts * at_once, *slots.shape[2:])[:count]
     slots = jnp.where(slots < 0, NOWHERE, slots)
     leaves = None
-    if (
-        form.evict
-    ):  # the entry of rank r is seen by tokens before the (R - r)th; only the last ones are in order of rank
+    if form.evict:
+        # the entry of rank r is seen by tokens before the (R - r)th; only the last ones are in order of rank
         rank = jnp.arange(form.ranks, dtype=jnp.int32)
         last = jnp.where(rank < form.ranks - ordered, form.stride, form.ranks - 1 - rank)
         slots, leaves = lax.sort((slots, jnp.broadcast_to(last, slots.shape)), num_keys=1)
