@@ -130,12 +130,7 @@ def recycles_by(implementation: str, dtype: str, head_dim: int) -> str:
     """The implementation of the recycled forms. Raises ValueError for one that can't be had here."""
     from recyc_jax.attention import training_api
 
-    about = command.dtype_name(dtype), head_dim, False
-    if implementation == "auto":
-        return training_api.best(True, *about)
-    if lacking := training_api.lacking(implementation, *about):
-        raise ValueError(f"--implementation {implementation} needs {' and '.join(lacking)}")
-    return implementation
+    return training_api.choose("--implementation", implementation, True, command.dtype_name(dtype), head_dim, False)
 
 
 def usable_forms(text: str, dtype: str) -> list[str]:

@@ -207,7 +207,7 @@ def make(config: Config) -> Plan:
         config.moment_dtype,
     )
     recycle, dtype = recycle_of(config), command.dtype_name(config.dtype)
-    attention = _attention(config, model, dtype, packed)
+    attention = training_api.choose("--attention", config.attention, recycle is not None, dtype, model.head_dim, packed)
     card = {
         "model": {"name": config.model, "weights": _weights_fingerprint(folder)},
         "data": {
@@ -289,16 +289,6 @@ def _mesh(config: Config, model: rj.LlamaConfig) -> Mesh:
             f"{row_parts} devices cannot share evenly"
         )
     return sharding.mesh(devices // parts, config.fsdp, config.tensor)
-
-
-def _attention(config: Config, model: rj.LlamaConfig, dtype: str, packed: bool) -> str:
-    """The implementation of attention, by a rule that is said once."""
-    about = dtype, model.head_dim, packed
-    if config.attention == "auto":
-        return training_api.best(config.recycle != "off", *about)
-    if lacking := training_api.lacking(config.attention, *about):
-        raise ValueError(f"--attention {config.attention} needs {' and '.join(lacking)}")
-    return config.attention
 
 
 def _weights_fingerprint(folder: Path) -> str:

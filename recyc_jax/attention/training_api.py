@@ -48,6 +48,15 @@ def lacking(implementation: str, dtype: Any, head_dim: int, packed: bool) -> lis
     return [name for name, there in needs.items() if not there]
 
 
+def choose(flag: str, name: str, recycle: bool, dtype: Any, head_dim: int, packed: bool) -> str:
+    """The implementation that a flag names, or for "auto" the best. Raises ValueError for one that can't be had here."""
+    if name == "auto":
+        return best(recycle, dtype, head_dim, packed)
+    if needs := lacking(name, dtype, head_dim, packed):
+        raise ValueError(f"{flag} {name} needs {' and '.join(needs)}")
+    return name
+
+
 def best(recycle: bool, dtype: Any, head_dim: int, packed: bool) -> str:
     """The first of pallas (for recycled forms, on the GPUs that it was compiled for, H100 and H200), cudnn and reference
     that lacks nothing here."""

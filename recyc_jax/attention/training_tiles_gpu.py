@@ -71,6 +71,7 @@ def apart(index: Int[Array, "*i"], size: int) -> tuple[Int[Array, "*i"], Int[Arr
 
 
 def rows_of(number: Array, size: int, kv_head: Array, groups: int, form: Form) -> Rows:
+    """The `number`-th tile of this many."""
     row = number * size + jnp.arange(size)
     token, group = apart(row, groups)
     return Rows(jnp.minimum(token, form.stride - 1), kv_head * groups + group, token < form.stride)
