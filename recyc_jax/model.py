@@ -207,6 +207,11 @@ def logits(params: Params, config: LlamaConfig, hidden: Float[Array, "... D"]) -
     return cast(Any, Llama(config).apply({"params": params}, hidden, method=Llama.logits))
 
 
+def output_embedding(params: Params, config: LlamaConfig) -> Float[Array, "V D"]:
+    """What hidden states are multiplied by for logits."""
+    return params["embedding" if config.tie_word_embeddings else "head"]
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def forward(params: Params, config: LlamaConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     """Next-token logits at every position under ordinary causal attention, float32.

@@ -19,12 +19,10 @@ from recyc_jax.attention.training import Attention, keeps
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Params, Project
 from recyc_jax.projections import Stream
+from train import loss
 
 Remat = Literal["full", "dots", "none"]
 """What is computed again for a layer's gradient: all but its attention, all but its matrix products too, or nothing."""
-
-_LOSS_BLOCK = 512
-"""Tokens of a row whose logits are in memory at once."""
 
 
 def stack_layers(params: Params, layers: int) -> Params:
@@ -55,28 +53,11 @@ def token_losses(
 ) -> Float[Array, "B T_minus_1"]:
     """For each token but the last the negative log-probability of the one after it, in nats, float32.
 
-    `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` adds
-    that many times the squared log of the softmax's normaliser (PaLM, section 5; 0 adds nothing). `place` may constrain
-    where hidden states [B, T, D] lie.
+    `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` is
+    `loss.token_losses`'s. `place` may constrain where hidden states [B, T, D] lie.
     """
     hidden = _hidden_states(params, config, tokens, segments, attention, remat, place)[:, :-1]
-    width = hidden.shape[1]
-    size = min(_LOSS_BLOCK, width)
-    blocks = -(-width // size)
-
-    def cut(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, blocks * size - width), *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(x.shape[0], blocks, size, *x.shape[2:]).swapaxes(0, 1)
-
-    def losses(block: tuple[Array, Array]) -> Array:
-        logits = model.logits(params, config, block[0])
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, block[1][..., None], axis=-1)[..., 0]
-        loss = normaliser - chosen
-        return loss if z_loss == 0 else loss + z_loss * normaliser**2
-
-    out = lax.map(jax.checkpoint(losses), (cut(hidden), cut(tokens[:, 1:])))
-    return out.swapaxes(0, 1).reshape(hidden.shape[0], -1)[:, :width]
+    return loss.token_losses(hidden, model.output_embedding(params, config), tokens[:, 1:], z_loss)
 
 
 def _hidden_states(
