@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 from recyc_jax import sharding
 from recyc_jax.attention import triton
 
-QUERIES = 128
-"""Queries of a program."""
-SLOTS = 64
-"""Slots that it visits at a time."""
+TILE = 128, 64
+"""Queries of a program, and slots that it visits at a time."""
+STRIDED = 64, 128
+"""The same for queries that stand apart, which are few."""
 MASKED = -1e30
 
 
@@ -42,7 +42,7 @@ def chunk(
 
 def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> Array:
     """`chunk` on one device's share."""
-    (out,) = _call(q, keys, values, starts, offset, "chunk_attention", dim=q.shape[-1], step=1, keep_normaliser=False)
+    (out,) = _call(q, keys, values, starts, offset, "chunk_attention", TILE, dim=q.shape[-1], step=1)
     return out[:, : q.shape[1], :, : q.shape[-1]]
 
 
@@ -57,9 +57,8 @@ def strided(
     """Attention of the tokens `first`, `first + step`, ... to all up to themselves, and the log2 of its sum of
     exponentials, on one device. Head dims are padded to a power of two, of which `dim` mean something."""
     starts, offset = jnp.zeros(q.shape[0], jnp.int32), jnp.full(1, first, jnp.int32)
-    out, normaliser = _call(
-        q, keys, values, starts, offset, "selecting_attention", dim=dim, step=step, keep_normaliser=True
-    )
+    arrays = q, keys, values, starts, offset
+    out, normaliser = _call(*arrays, "selecting_attention", STRIDED, dim=dim, step=step, keep_normaliser=True)
     return out[:, : q.shape[1]], normaliser[:, : q.shape[1]]
 
 
@@ -70,14 +69,15 @@ def _call(
     starts: Array,
     offset: Array,
     name: str,
+    tile: tuple[int, int],
     *,
     dim: int,
     step: int,
-    keep_normaliser: bool,
+    keep_normaliser: bool = False,
 ) -> list[Array]:
     """The outputs, of whole blocks of queries and padded head dims, and normalisers where they are kept."""
     batch, width, heads, _ = q.shape
-    queries = min(QUERIES, max(16, pl.next_power_of_2(width)))
+    queries = min(tile[0], max(16, pl.next_power_of_2(width)))
     blocks = pl.cdiv(width, queries)
     lanes = max(16, pl.next_power_of_2(q.shape[-1]))
     # whole blocks and tiles: what is past the end is cut off
@@ -95,6 +95,7 @@ def _call(
         stages=2,
         dim=dim,
         queries=queries,
+        slots=tile[1],
         step=step,
     )
 
@@ -109,13 +110,14 @@ def _attend(
     *normaliser_ref: Any,
     dim: int,
     queries: int,
+    slots: int,
     step: int,
 ) -> None:
     """One program. Queries stand `step` slots apart."""
     number, head, row = (pl.program_id(axis) for axis in range(3))
     kv_head = head // (q_ref.shape[2] // keys_ref.shape[1])
     capacity = keys_ref.shape[2]
-    query, lane, lanes = number * queries + jnp.arange(queries), jnp.arange(q_ref.shape[3]), jnp.arange(SLOTS)
+    query, lane, lanes = number * queries + jnp.arange(queries), jnp.arange(q_ref.shape[3]), jnp.arange(slots)
     start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
     own = offset + query * step  # the queries' slots
     held = keys_ref.shape[3]
@@ -132,7 +134,7 @@ def _attend(
 
     def visit(block: Array, carry: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        slot = block * SLOTS + lanes
+        slot = block * slots + lanes
         logits = plt.dot(q, load(keys_ref, slot, masked).T, allow_tf32=False).astype(jnp.float32) * scale
         if masked:
             logits = jnp.where((slot[None, :] <= own[:, None]) & (slot >= start)[None, :], logits, MASKED)
@@ -148,12 +150,12 @@ def _attend(
         jnp.zeros(queries, jnp.float32),
         jnp.zeros((queries, lane.size), jnp.float32),
     )
-    first = start // SLOTS
+    first = start // slots
     # the first block that not all of the queries see
-    whole = jnp.maximum((offset + number * queries * step) // SLOTS, first)
-    end = (offset + ((number + 1) * queries - 1) * step + SLOTS) // SLOTS
+    whole = jnp.maximum((offset + number * queries * step) // slots, first)
+    end = (offset + ((number + 1) * queries - 1) * step + slots) // slots
     if step > 1:  # queries of padding lie far behind the others
-        end = jnp.minimum(end, pl.cdiv(capacity, SLOTS))
+        end = jnp.minimum(end, pl.cdiv(capacity, slots))
     seen_by_all = jnp.minimum(first + 1, whole)
     carry = lax.fori_loop(first, seen_by_all, functools.partial(visit, masked=True), carry)
     carry = lax.fori_loop(seen_by_all, whole, functools.partial(visit, masked=False), carry)

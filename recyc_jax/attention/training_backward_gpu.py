@@ -24,10 +24,10 @@ from recyc_jax.attention.training_tiles_gpu import Form, Tiles
 SEGMENT = Tiles(rows=256, entries=64, warps=8, stages=2)
 QUERIES = Tiles(rows=128, entries=64, warps=8)
 KEYS = Tiles(rows=32, entries=128)
-WIDE_KEYS = Tiles(rows=64, entries=128, warps=8, stages=2)  # for 128 lanes
+WIDE_KEYS = Tiles(rows=32, entries=64)  # for 128 lanes
 NEW_KEYS = Tiles(rows=64, entries=64)
-GATHERED = Tiles(entries=64, stages=2)
-RUN = 16
+GATHERED = Tiles(entries=32, warps=2)
+RUN = 8
 """Entries of a segment that a block of keys gathers at a time."""
 NEVER = 1e30
 """The normaliser of rows that attend to nothing: their weights are 0."""

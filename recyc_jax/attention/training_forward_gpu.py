@@ -15,7 +15,8 @@ from recyc_jax.attention import training_tiles_gpu as tiled
 from recyc_jax.attention import triton
 from recyc_jax.attention.training_tiles_gpu import MASKED, Form, Tiles
 
-FORWARD = Tiles(rows=256, warps=8)
+FORWARD = Tiles(rows=128, entries=128, stages=2)
+WIDE_FORWARD = Tiles(rows=128, stages=2)  # for 128 lanes
 SCORES = Tiles(rows=64, entries=128, stages=2)
 
 
@@ -33,8 +34,8 @@ def segments(
     """The outputs of all segments' tokens, and the log2 of their sums of exponentials; those of tokens that select are
     given."""
     batch, _, heads, lanes = q.shape
-    most = FORWARD.rows if lanes <= 64 else FORWARD.rows // 2  # else they don't fit in registers
-    tiles = FORWARD._replace(rows=tiled.side(form.stride * (heads // keys.shape[1]), most))
+    tiles = FORWARD if lanes <= 64 else WIDE_FORWARD
+    tiles = tiles._replace(rows=tiled.side(form.stride * (heads // keys.shape[1]), tiles.rows))
     tokens = slots.shape[0] * form.stride + 1
     shapes = [
         jax.ShapeDtypeStruct((batch, tokens, heads, lanes), q.dtype),
