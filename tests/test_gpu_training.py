@@ -126,28 +126,27 @@ def test_a_killed_run_goes_on_with_the_same_bits_under_deterministic(tmp_path):
     command = [sys.executable, "-m", "train.continued_pretrain", "--model", tmp_path / "model", "--data", f"t={texts}"]
     command += ["--length", 64, "--stride", 12, "--batch-size", 8, "--steps", 40, "--save-every", 4, "--held-out", 0]
     command += ["--recycle", "strided", "--no-export", "--deterministic", "--backend", "gpu", "--out"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
-    def start(out):
-        return subprocess.Popen(
-            list(map(str, [*command, out])),
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def arguments(out):
+        return [str(argument) for argument in [*command, tmp_path / out]]
 
-    straight = start(tmp_path / "straight")
-    assert straight.wait(timeout=300) == 0, straight.communicate()
-    killed, rows = start(tmp_path / "killed"), tmp_path / "killed" / "metrics.jsonl"
-    while not rows.exists() or rows.read_bytes().count(b"\n") < 10:
-        assert killed.poll() is None, killed.communicate()
-        time.sleep(0.001)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    resumed = start(tmp_path / "killed")
-    assert resumed.wait(timeout=300) == 0, resumed.communicate()
+    def to_its_end(out):
+        ended = subprocess.run(arguments(out), cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    to_its_end("straight")
+    rows, log = tmp_path / "killed" / "metrics.jsonl", tmp_path / "killed.log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(arguments("killed"), cwd=ROOT, env=env, stdout=output, stderr=output) as killed,
+    ):
+        while not rows.exists() or rows.read_bytes().count(b"\n") < 10:
+            assert killed.poll() is None, log.read_text()
+            time.sleep(0.001)
+        killed.send_signal(signal.SIGKILL)
+    to_its_end("killed")
     cards = [
         json.loads((tmp_path / out / "checkpoints" / "40" / "card" / "metadata").read_text())
         for out in ("straight", "killed")
