@@ -1,8 +1,9 @@
 """What continued pretraining changed, as tables: `python -m train.report results/off results/strided`.
 
 For each run folder the first and the last evaluation of its metrics.jsonl, policy by policy, over all domains' windows:
-losses in nats a token, what training changed, and how much more than full attention's the loss is, before and after. Errors
-are standard errors over windows, of differences that of the paired ones.
+losses in nats a token, what training changed, how much more than full attention's the loss is, before and after, and how
+much more than the first run's it is after, where both measured the same windows. Errors are standard errors over windows,
+of differences that of the paired ones.
 """
 
 from __future__ import annotations
@@ -19,8 +20,19 @@ from typing import Any
 
 import tyro
 
-Row = dict[str, Any]
-HEADINGS = ("run", "policy", "perplexity before", "after", "change, nats", "above full before", "after")
+Losses = dict[tuple[int, int, str], list[float]]  # each window's, by length, tokens and policy
+HEADINGS = (
+    "run",
+    "policy",
+    "perplexity before",
+    "after",
+    "change, nats",
+    "above full before",
+    "after",
+    "above {}, after",
+)
+SAME = 0.01
+"""Nats by which the losses of one window before training may differ between runs: by the order of a device's sums."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +60,8 @@ def tables(runs: Sequence[Path]) -> str:
     """Markdown: a table for each length and number of tokens measured. Raises ValueError for a run without a first or
     another evaluation."""
     by_measure: dict[tuple[int, int], list[str]] = {}
-    for run in runs:
-        before, after = _ends(run)
+    ends_of = {run: _ends(run) for run in runs}
+    for run, (before, after) in ends_of.items():
         for (length, new_tokens, policy), losses in before.items():
             if (length, new_tokens, policy) not in after:
                 raise ValueError(f"{run}: {policy} was measured before training and not after")
@@ -63,17 +75,29 @@ def tables(runs: Sequence[Path]) -> str:
             ]
             change = _signed([new - old for new, old in zip(later, losses, strict=True)])
             perplexities = [f"{math.exp(statistics.fmean(each)):.3f}" for each in (losses, later)]
-            cells = (run.name, f"`{policy}`", *perplexities, change, *gaps)
+            beside = "-" if run == runs[0] else _beside(ends_of[runs[0]], (length, new_tokens, policy), losses, later)
+            cells = (run.name, f"`{policy}`", *perplexities, change, *gaps, beside)
             by_measure.setdefault((length, new_tokens), []).append(f"| {' | '.join(cells)} |")
-    head = [f"| {' | '.join(HEADINGS)} |", f"| --- | --- |{' ---: |' * (len(HEADINGS) - 2)}"]
+    head = [f"| {' | '.join(HEADINGS)} |".format(runs[0].name), f"| --- | --- |{' ---: |' * (len(HEADINGS) - 2)}"]
     return "\n\n".join(
         "\n".join([f"The last {new_tokens} of {length} tokens:", "", *head, *lines])
         for (length, new_tokens), lines in sorted(by_measure.items())
     )
 
 
-def _ends(run: Path) -> tuple[dict[tuple[int, int, str], list[float]], ...]:
-    """Each window's loss in the first and the last evaluation, by length, tokens and policy."""
+def _beside(
+    first: tuple[Losses, Losses], measure: tuple[int, int, str], losses: list[float], later: list[float]
+) -> str:
+    """How much more a run loses after training than the first one."""
+    before, after = (ends.get(measure, []) for ends in first)
+    same = len(before) == len(losses) and all(
+        math.isclose(one, other, rel_tol=0, abs_tol=SAME) for one, other in zip(before, losses, strict=True)
+    )
+    return _signed([mine - other for mine, other in zip(later, after, strict=True)]) if same else "-"
+
+
+def _ends(run: Path) -> tuple[Losses, Losses]:
+    """The first and the last evaluation."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -82,14 +106,15 @@ def _ends(run: Path) -> tuple[dict[tuple[int, int, str], list[float]], ...]:
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(f"{run}: evaluations of steps {steps}; one before training and one after are needed")
-    ends: list[dict[tuple[int, int, str], list[float]]] = []
-    for step in (steps[0], steps[-1]):
-        found: dict[tuple[int, int, str], dict[str, list[float]]] = {}
-        for row in rows:
-            if row["step"] == step:  # a domain that was measured again counts once
-                found.setdefault((row["length"], row["new_tokens"], row["policy"]), {})[row["domain"]] = row["each"]
-        ends.append({measure: list(itertools.chain(*domains.values())) for measure, domains in found.items()})
-    return tuple(ends)
+    return _losses(rows, steps[0]), _losses(rows, steps[-1])
+
+
+def _losses(rows: list[dict[str, Any]], step: int) -> Losses:
+    found: dict[tuple[int, int, str], dict[str, list[float]]] = {}
+    for row in rows:
+        if row["step"] == step:  # a domain that was measured again counts once
+            found.setdefault((row["length"], row["new_tokens"], row["policy"]), {})[row["domain"]] = row["each"]
+    return {measure: list(itertools.chain(*domains.values())) for measure, domains in found.items()}
 
 
 def _signed(values: Sequence[float]) -> str:
