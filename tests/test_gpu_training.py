@@ -142,8 +142,12 @@ def test_a_killed_run_goes_on_with_the_same_bits_under_deterministic(tmp_path):
         log.open("w") as output,
         subprocess.Popen(arguments("killed"), cwd=ROOT, env=env, stdout=output, stderr=output) as killed,
     ):
+        limit = time.monotonic() + 300
         while not rows.exists() or rows.read_bytes().count(b"\n") < 10:
             assert killed.poll() is None, log.read_text()
+            if time.monotonic() > limit:
+                killed.kill()
+                pytest.fail(f"no ten steps in five minutes: {log.read_text()}")
             time.sleep(0.001)
         killed.send_signal(signal.SIGKILL)
     to_its_end("killed")

@@ -29,20 +29,21 @@ def test_changes_and_distances_are_paired(tmp_path):
     text = report.tables([mine])
     assert "The last 8 of 64 tokens:" in text
     full, snapkv = text.splitlines()[-2:]
-    assert full == "| mine | `full` | 7.389 | 7.389 | +0.0000 ± 0.0000 | - | - | - |"
+    assert full == "| mine | `full` | 7.389 | 7.389 | +0.0000 ± 0.0000 | - | - |"
     # exp(2.5), exp(2.2); -0.4 and -0.2; 0.5 and 0.5; 0.1 and 0.3
     assert snapkv == (
-        "| mine | `snapkv:budget=8` | 12.182 | 9.025 | -0.3000 ± 0.1000 | +0.5000 ± 0.0000 | +0.2000 ± 0.1000 | - |"
+        "| mine | `snapkv:budget=8` | 12.182 | 9.025 | -0.3000 ± 0.1000 | +0.5000 ± 0.0000 | +0.2000 ± 0.1000 |"
     )
 
 
 def test_runs_on_the_same_windows_are_compared(tmp_path):
     first = run(tmp_path, "first", {0: {"full": [1.0, 3.0]}, 9: {"full": [1.0, 2.0]}})
     second = run(tmp_path, "second", {0: {"full": [1.001, 3.0]}, 9: {"full": [0.8, 1.4]}})
+    lost = run(tmp_path, "lost", {0: {"full": [1.0, 3.0]}, 9: {"full": [float("nan"), 1.4]}})
     others = run(tmp_path, "others", {0: {"full": [3.0, 1.0]}, 9: {"full": [0.8, 1.4]}})
-    lines = report.tables([first, second, others]).splitlines()
+    lines = report.tables([first, second, lost, others]).splitlines()
     assert lines[2].endswith("| above first, after |")
-    assert [line.split("|")[-2].strip() for line in lines[-3:]] == ["-", "-0.4000 ± 0.2000", "-"]
+    assert [line.split("|")[-2].strip() for line in lines[-4:]] == ["-", "-0.4000 ± 0.2000", "+nan ± nan", "-"]
 
 
 @pytest.mark.parametrize(

@@ -49,15 +49,16 @@ def token_losses(
     *,
     remat: Remat = "full",
     z_loss: float = 0.0,
+    shares: int = 1,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "B T_minus_1"]:
     """For each token but the last the negative log-probability of the one after it, in nats, float32.
 
-    `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` is
-    `loss.token_losses`'s. `place` may constrain where hidden states [B, T, D] lie.
+    `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` and
+    `shares` are `loss.token_losses`'s. `place` may constrain where hidden states [B, T, D] lie.
     """
     hidden = _hidden_states(params, config, tokens, segments, attention, remat, place)[:, :-1]
-    return loss.token_losses(hidden, model.output_embedding(params, config), tokens[:, 1:], z_loss)
+    return loss.token_losses(hidden, model.output_embedding(params, config), tokens[:, 1:], z_loss, shares)
 
 
 def _hidden_states(

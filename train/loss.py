@@ -15,21 +15,22 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 _BLOCK = 512
-"""Tokens of a row whose logits are in memory at once, or more where rows are few:"""
+"""Tokens of a row whose logits are in memory at once, or more where a device has few rows:"""
 _LEAST = 2048
-"""as many as make this many of all rows. Each block adds to the head's gradient, which is read and written for it."""
+"""as many as make this many of its rows. Each block adds to the head's gradient, which is read and written for it."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def token_losses(
-    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], z_loss: float
+    hidden: Float[Array, "B T D"], head: Float[Array, "V D"], targets: Int[Array, "B T"], z_loss: float, shares: int
 ) -> Float[Array, "B T"]:
     """The negative log-probability of each target, in nats, float32. `z_loss` adds that many times the squared log of the
-    softmax's normaliser (PaLM, https://arxiv.org/abs/2204.02311, section 5; 0 adds nothing)."""
-    return _forward(hidden, head, targets, z_loss)[0]
+    softmax's normaliser (PaLM, https://arxiv.org/abs/2204.02311, section 5; 0 adds nothing). Rows lie on `shares` devices
+    or groups of them."""
+    return _forward(hidden, head, targets, z_loss, shares)[0]
 
 
-def _forward(hidden: Array, head: Array, targets: Array, z_loss: float) -> tuple[Array, tuple[Array, ...]]:
+def _forward(hidden: Array, head: Array, targets: Array, z_loss: float, shares: int) -> tuple[Array, tuple[Array, ...]]:
     def block(part: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = _logits(part[0], head)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
@@ -37,13 +38,13 @@ def _forward(hidden: Array, head: Array, targets: Array, z_loss: float) -> tuple
         return normaliser - chosen, normaliser
 
     width = hidden.shape[1]
-    losses, normaliser = (_joined(x, width) for x in lax.map(block, (_cut(hidden), _cut(targets))))
+    losses, normaliser = (_joined(x, width) for x in lax.map(block, (_cut(hidden, shares), _cut(targets, shares))))
     if z_loss:
         losses = losses + z_loss * normaliser**2
     return losses, (hidden, head, targets, normaliser)
 
 
-def _backward(z_loss: float, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, None]:
+def _backward(z_loss: float, shares: int, kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, None]:
     hidden, head, targets, normaliser = kept
     of_normaliser = gradient * (1 + 2 * z_loss * normaliser) if z_loss else gradient
 
@@ -57,7 +58,7 @@ def _backward(z_loss: float, kept: tuple[Array, ...], gradient: Array) -> tuple[
         return of_head, jnp.einsum("btv,vd->btd", of_logits, head)
 
     # what fills the last block has a gradient of 0
-    parts = tuple(_cut(x) for x in (hidden, targets, normaliser, gradient, of_normaliser))
+    parts = tuple(_cut(x, shares) for x in (hidden, targets, normaliser, gradient, of_normaliser))
     of_head, of_hidden = lax.scan(block, jnp.zeros(head.shape, jnp.float32), parts)
     return _joined(of_hidden, hidden.shape[1]), of_head.astype(head.dtype), None
 
@@ -69,10 +70,10 @@ def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[A
     return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
-def _cut(x: Array) -> Array:
+def _cut(x: Array, shares: int) -> Array:
     """[B, T, ...] as blocks of tokens [blocks, B, t, ...], the last one filled with zeros."""
     rows, width = x.shape[:2]
-    size = min(width, max(_BLOCK, -(-_LEAST // rows)))
+    size = min(width, max(_BLOCK, -(-_LEAST * shares // rows)))
     blocks = -(-width // size)
     x = jnp.pad(x, [(0, 0), (0, blocks * size - width), *[(0, 0)] * (x.ndim - 2)])
     return x.reshape(rows, blocks, size, *x.shape[2:]).swapaxes(0, 1)

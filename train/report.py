@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tyro
 
 Losses = dict[tuple[int, int, str], list[float]]  # each window's, by length, tokens and policy
@@ -75,10 +76,13 @@ def tables(runs: Sequence[Path]) -> str:
             ]
             change = _signed([new - old for new, old in zip(later, losses, strict=True)])
             perplexities = [f"{math.exp(statistics.fmean(each)):.3f}" for each in (losses, later)]
-            beside = "-" if run == runs[0] else _beside(ends_of[runs[0]], (length, new_tokens, policy), losses, later)
-            cells = (run.name, f"`{policy}`", *perplexities, change, *gaps, beside)
+            cells = [run.name, f"`{policy}`", *perplexities, change, *gaps]
+            if len(runs) > 1:
+                first = ends_of[runs[0]]
+                cells.append("-" if run == runs[0] else _beside(first, (length, new_tokens, policy), losses, later))
             by_measure.setdefault((length, new_tokens), []).append(f"| {' | '.join(cells)} |")
-    head = [f"| {' | '.join(HEADINGS)} |".format(runs[0].name), f"| --- | --- |{' ---: |' * (len(HEADINGS) - 2)}"]
+    headings = [*HEADINGS, *([f"above {runs[0].name}, after"] if len(runs) > 1 else [])]
+    head = [f"| {' | '.join(headings)} |", f"| --- | --- |{' ---: |' * (len(headings) - 2)}"]
     return "\n\n".join(
         "\n".join([f"The last {new_tokens} of {length} tokens:", "", *head, *lines])
         for (length, new_tokens), lines in sorted(by_measure.items())
@@ -88,7 +92,7 @@ def tables(runs: Sequence[Path]) -> str:
 def _beside(
     first: tuple[Losses, Losses], measure: tuple[int, int, str], losses: list[float], later: list[float]
 ) -> str:
-    """How much more a run loses after training than the first one."""
+    """How much more a run loses after training than the first one; "-" where their windows differ."""
     before, after = (ends.get(measure, []) for ends in first)
     same = len(before) == len(losses) and all(
         math.isclose(one, other, rel_tol=0, abs_tol=SAME) for one, other in zip(before, losses, strict=True)
@@ -118,7 +122,8 @@ def _losses(rows: list[dict[str, Any]], step: int) -> Losses:
 
 
 def _signed(values: Sequence[float]) -> str:
-    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    # numpy's takes numbers that are not finite, as those of a run gone wrong
+    error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):+.4f}{error}"
 
 

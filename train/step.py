@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -128,6 +129,7 @@ def train_step(
             attention,
             remat=remat,
             z_loss=z_loss,
+            shares=math.prod(mesh.shape[name] for name in sharding.ROWS),
             place=lambda x: lax.with_sharding_constraint(x, by_row),
         )
         # across a border between documents nothing is predicted

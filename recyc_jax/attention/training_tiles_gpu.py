@@ -37,7 +37,7 @@ class Form(NamedTuple):
 
 class Tiles(NamedTuple):
     """The sides of tiles, the warps that work on them, and the tiles on their way or at hand. Those that the kernels
-    take were the fastest of some on an H100, at 32768 tokens and head dims of 64 and 128
+    take are among the faster of some that were timed on an H100, at 32768 tokens and head dims of 64 and 128
     (docs/results/training_attention.md)."""
 
     rows: int = 128
