@@ -173,7 +173,7 @@ def _read(tensor: Any, file: Path) -> np.ndarray:
     kind = tensor.tensor_type.name
     try:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    except NotImplementedError:  # what the gguf library raises for a type that it knows no way to dequantise
+    except NotImplementedError:  # gguf's word for a type that it can't dequantise, Q8_K for one: the user is told which
         raise ValueError(f"{file}: tensor {tensor.name} has type {kind}, which is not supported") from None
     if kind == "F32":
         return values

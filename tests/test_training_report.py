@@ -28,7 +28,9 @@ def test_changes_and_distances_are_paired(tmp_path):
     (mine / "metrics.jsonl").write_text(rows + rows.splitlines()[-1])  # one that was measured again
     text = report.tables([mine])
     assert "The last 8 of 64 tokens:" in text
-    full, snapkv = text.splitlines()[-2:]
+    heading, rule, full, snapkv = text.splitlines()[-4:]
+    assert heading.endswith("| above full before | after |")
+    assert {line.count("|") for line in (heading, rule, full, snapkv)} == {8}
     assert full == "| mine | `full` | 7.389 | 7.389 | +0.0000 ± 0.0000 | - | - |"
     # exp(2.5), exp(2.2); -0.4 and -0.2; 0.5 and 0.5; 0.1 and 0.3
     assert snapkv == (
@@ -42,7 +44,8 @@ def test_runs_on_the_same_windows_are_compared(tmp_path):
     lost = run(tmp_path, "lost", {0: {"full": [1.0, 3.0]}, 9: {"full": [float("nan"), 1.4]}})
     others = run(tmp_path, "others", {0: {"full": [3.0, 1.0]}, 9: {"full": [0.8, 1.4]}})
     lines = report.tables([first, second, lost, others]).splitlines()
-    assert lines[2].endswith("| above first, after |")
+    assert lines[2].endswith("| after | above first, after |")
+    assert {line.count("|") for line in lines[2:]} == {9}
     assert [line.split("|")[-2].strip() for line in lines[-4:]] == ["-", "-0.4000 ± 0.2000", "+nan ± nan", "-"]
 
 

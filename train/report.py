@@ -22,16 +22,7 @@ import numpy as np
 import tyro
 
 Losses = dict[tuple[int, int, str], list[float]]  # each window's, by length, tokens and policy
-HEADINGS = (
-    "run",
-    "policy",
-    "perplexity before",
-    "after",
-    "change, nats",
-    "above full before",
-    "after",
-    "above {}, after",
-)
+HEADINGS = ("run", "policy", "perplexity before", "after", "change, nats", "above full before", "after")
 SAME = 0.01
 """Nats by which the losses of one window before training may differ between runs: by the order of a device's sums."""
 
