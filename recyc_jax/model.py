@@ -140,7 +140,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. Call it for hidden states, `logits` for the head."""
+    """The decoder up to its final norm; it holds the head's parameters too (`logits`)."""
 
     config: LlamaConfig
     projections: Projections = projections
@@ -165,11 +165,6 @@ class Llama(nn.Module):
             stream, state = block(stream, cos, sin, attend, state, after)
             states_after.append(state)
         return self.final_norm(stream.x), tuple(states_after)
-
-    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """Next-token logits in float32."""
-        table = self.embedding if self.config.tie_word_embeddings else self.head
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
 
 def _attend_causally(layer: int, project: Project, state: Any) -> tuple[Array, Any]:
@@ -203,13 +198,18 @@ def hidden_states(
 
 
 def logits(params: Params, config: LlamaConfig, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """`Llama.logits` with these parameters."""
-    return cast(Any, Llama(config).apply({"params": params}, hidden, method=Llama.logits))
+    """Next-token logits in float32."""
+    return products(hidden, output_embedding(params, config))
 
 
 def output_embedding(params: Params, config: LlamaConfig) -> Float[Array, "V D"]:
     """What hidden states are multiplied by for logits."""
     return params["embedding" if config.tie_word_embeddings else "head"]
+
+
+def products(hidden: Float[Array, "... D"], embedding: Float[Array, "V D"]) -> Float[Array, "... V"]:
+    """Hidden states times each token's output embedding, float32."""
+    return jnp.einsum("...d,vd->...v", hidden, embedding, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from recyc_jax import model
+
 _BLOCK = 512
 """Tokens of a row whose logits are in memory at once, or more where a device has few rows:"""
 _LEAST = 2048
@@ -32,7 +34,7 @@ def token_losses(
 
 def _forward(hidden: Array, head: Array, targets: Array, z_loss: float, shares: int) -> tuple[Array, tuple[Array, ...]]:
     def block(part: tuple[Array, Array]) -> tuple[Array, Array]:
-        logits = _logits(part[0], head)
+        logits = model.products(part[0], head)
         normaliser = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
         return normaliser - chosen, normaliser
@@ -50,7 +52,7 @@ def _backward(z_loss: float, shares: int, kept: tuple[Array, ...], gradient: Arr
 
     def block(of_head: Array, part: tuple[Array, ...]) -> tuple[Array, Array]:
         hidden, targets, normaliser, gradient, of_normaliser = part
-        chances = jnp.exp(_logits(hidden, head) - normaliser[..., None])
+        chances = jnp.exp(model.products(hidden, head) - normaliser[..., None])
         is_target = targets[..., None] == jnp.arange(head.shape[0], dtype=targets.dtype)
         of_logits = chances * of_normaliser[..., None] - jnp.where(is_target, gradient[..., None], 0)
         of_logits = of_logits.astype(hidden.dtype)
@@ -64,10 +66,6 @@ def _backward(z_loss: float, shares: int, kept: tuple[Array, ...], gradient: Arr
 
 
 token_losses.defvjp(_forward, _backward)
-
-
-def _logits(hidden: Float[Array, "B T D"], head: Float[Array, "V D"]) -> Float[Array, "B T V"]:
-    return jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
 
 
 def _cut(x: Array, shares: int) -> Array:
