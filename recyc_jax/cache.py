@@ -1,13 +1,12 @@
-"""The full KV cache: one pair of arrays a layer, never evicted, appended in place.
+"""The full KV cache: one pair of arrays per layer, never evicted, appended to in place.
 
-Rows are right-aligned: every row's newest token sits in the same slot, so appending is one `dynamic_update_slice`
-for the whole batch (or a kernel's write), and row b's tokens start at slot `starts[b]`. A token's RoPE position is
-`slot - starts[b]`.
-One array per layer (rather than a stacked [L, ...] one) is what lets XLA update it in place in every form of loop.
+Rows are right-aligned: the newest token of every row sits in the same slot, so one write appends a token to the whole
+batch, and the tokens of row b start at slot `starts[b]`. A token's RoPE position is `slot - starts[b]`.
 
-An implementation may want the slots last in memory (`SLOTS_LAST`). `keys` and `values` are [B, K, S, H] either way: inside
-a compiled program the exchange of two axes is a name, not a move.
-"""
+One array per layer (rather than one stacked [L, ...] array) is what lets XLA update it in place in every form of loop.
+
+An implementation may store the slots last in memory (`slots_last`). `keys` and `values` are [B, K, S, H] either way:
+inside a compiled program the exchange of two axes moves nothing."""
 
 from __future__ import annotations
 
@@ -29,73 +28,78 @@ if TYPE_CHECKING:
 else:
     Leaf = Any
 
-
 TILE = 128
-"""Where slots come last their number is a multiple of this, a TPU's lanes: other sizes are copied on entering a kernel."""
+"""With the slots last, the capacity is a multiple of this (a TPU's lanes): XLA would copy other sizes before a
+kernel."""
 
 _AS_STORED = Layout((0, 1, 2, 3))
-"""Said of every array that slots come last in: XLA would else turn a whole cache around to read a few of its slots."""
+"""The layout that is pinned for every array with the slots last: XLA would otherwise transpose a whole cache in memory
+in order to read a few of its slots."""
 
 
 @flax.struct.dataclass
 class LayerCache:
-    """One layer's keys (after RoPE) and values."""
+    """The keys (after RoPE) and values of one layer."""
 
-    stored_keys: Leaf  # [B, K, S, H], or [B, K, H, S]
+    stored_keys: Leaf  # [B, K, S, H], or [B, K, H, S] with the slots last
     stored_values: Leaf
     slots_last: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def keys(self) -> Array:
         """[B, K, S, H]"""
-        return self._seen(self.stored_keys)
+        return self._slots_third(self.stored_keys)
 
     @property
     def values(self) -> Array:
         """[B, K, S, H]"""
-        return self._seen(self.stored_values)
+        return self._slots_third(self.stored_values)
 
-    def _seen(self, stored: Array) -> Array:
+    @property
+    def capacity(self) -> int:
+        """S, the number of slots."""
+        return self.stored_keys.shape[3 if self.slots_last else 2]
+
+    def _slots_third(self, stored: Array) -> Array:
         return with_layout_constraint(stored, _AS_STORED).swapaxes(2, 3) if self.slots_last else stored
 
-    def with_others(self, keys: Float[Array, "B K R H"], values: Float[Array, "B K R H"]) -> LayerCache:
-        """Other keys and values, stored as these are."""
+    def replaced(self, keys: Float[Array, "B K R H"], values: Float[Array, "B K R H"]) -> LayerCache:
+        """A cache of these keys and values, stored in the same layout as this one."""
         if self.slots_last:
             keys, values = (with_layout_constraint(one.swapaxes(2, 3), _AS_STORED) for one in (keys, values))
         return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
-    def latest(self, length: Int[Array, ""], count: int) -> tuple[Array, Array, Int[Array, " R"]]:
-        """Keys and values [B, K, R, H] that hold the last `count` of `length` slots, and which slots they are. More may be
-        among them, older ones and such as are not written yet: where slots come last, whole tiles are taken."""
-        capacity = self.keys.shape[2]
-        tile, axis = (TILE, 3) if self.slots_last else (1, 2)
-        most = min(count if tile == 1 else -(-count // tile) * tile + tile, capacity)
-        first = jnp.clip((length - count) // tile * tile, 0, capacity - most)
-        pieces = [
-            lax.dynamic_slice_in_dim(cached, first, most, axis) for cached in (self.stored_keys, self.stored_values)
-        ]
-        if self.slots_last:
-            pieces = [with_layout_constraint(piece, _AS_STORED).swapaxes(2, 3) for piece in pieces]
-        return pieces[0], pieces[1], first + jnp.arange(most, dtype=jnp.int32)
-
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]) -> LayerCache:
         """The cache with T tokens written from `slot` on."""
         zero = jnp.zeros((), jnp.int32)
-        order, at = (
-            ((0, 2, 3, 1), (zero, zero, zero, slot)) if self.slots_last else ((0, 2, 1, 3), (zero, zero, slot, zero))
-        )
-        after = [
-            lax.dynamic_update_slice(cached, new.transpose(order), at)
-            for cached, new in ((self.stored_keys, k), (self.stored_values, v))
+        axes, begin = ((0, 2, 1, 3), (zero, zero, slot, zero))
+        if self.slots_last:
+            axes, begin = (0, 2, 3, 1), (zero, zero, zero, slot)
+        written = [
+            lax.dynamic_update_slice(stored, new.transpose(axes), begin)
+            for stored, new in ((self.stored_keys, k), (self.stored_values, v))
         ]
         if self.slots_last:
-            after = [with_layout_constraint(cached, _AS_STORED) for cached in after]
-        return dataclasses.replace(self, stored_keys=after[0], stored_values=after[1])
+            written = [with_layout_constraint(stored, _AS_STORED) for stored in written]
+        return dataclasses.replace(self, stored_keys=written[0], stored_values=written[1])
+
+    def newest(self, length: Int[Array, ""], count: int) -> tuple[Array, Array, Int[Array, " R"]]:
+        """Keys and values [B, K, R, H] of a run of slots that includes the last `count` of the `length` slots written,
+        and the numbers of these slots. With the slots last, whole tiles are read, so R can exceed `count`: the run then
+        also holds older slots and slots that are not written yet."""
+        tile, axis = (TILE, 3) if self.slots_last else (1, 2)
+        most = min(count if tile == 1 else -(-count // tile) * tile + tile, self.capacity)
+        first = jnp.clip((length - count) // tile * tile, 0, self.capacity - most)
+        pieces = [
+            lax.dynamic_slice_in_dim(stored, first, most, axis) for stored in (self.stored_keys, self.stored_values)
+        ]
+        keys, values = (self._slots_third(piece) for piece in pieces)
+        return keys, values, first + jnp.arange(most, dtype=jnp.int32)
 
 
 @flax.struct.dataclass
 class KVCache:
-    """All layers' caches and which of their slots hold tokens: `starts[b] <= slot < length`."""
+    """The caches of all layers. Row b has a token in each slot with `starts[b] <= slot < length`."""
 
     layers: tuple[LayerCache, ...]
     starts: Leaf  # int32 [B]: the slot of each row's first token
@@ -103,7 +107,13 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self.layers[0].stored_keys.shape[3 if self.layers[0].slots_last else 2]
+        """S, the number of slots."""
+        return self.layers[0].capacity
+
+    @property
+    def visible(self) -> Bool[Array, "B S"]:
+        """Which slots hold a token."""
+        return visible(self.starts, self.length, self.capacity)
 
 
 def empty(
@@ -114,7 +124,8 @@ def empty(
     starts: Int[Array, " B"],
     slots_last: bool = False,
 ) -> KVCache:
-    """A cache of at least `capacity` slots a row with nothing in it. Zero-filled: 0 x NaN would leak through masks."""
+    """A cache of at least `capacity` slots per row with nothing in it. Zero-filled: 0 x NaN would leak through
+    masks."""
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
     if slots_last:
         shape = (*shape[:2], config.head_dim, -(-capacity // TILE) * TILE)
@@ -126,7 +137,7 @@ def empty(
     return KVCache(layers, starts, jnp.zeros((), jnp.int32))
 
 
-def filled(starts: Int[Array, " B"], length: Int[Array, ""], capacity: int) -> Bool[Array, "B S"]:
-    """Which slots hold a token."""
+def visible(starts: Int[Array, " B"], length: Int[Array, ""], capacity: int) -> Bool[Array, "B S"]:
+    """Which slots hold a token: those from `starts[b]` to `length - 1`."""
     slots = jnp.arange(capacity, dtype=jnp.int32)
     return (slots >= starts[:, None]) & (slots < length)

@@ -3,31 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Any
 
-
-def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises ValueError naming it where it is no whole number (512 / 8 is not) or below `least`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name}={value!r} must be a whole number") from None
-    if number < least:
-        raise ValueError(f"{name}={number} must be at least {least}")
-    return number
-
-
-def real_number(name: str, value: Any, least: float, most: float) -> float:
-    """`value` as a float. Raises ValueError naming it where it is no number or outside `least` to `most`."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} must be a number") from None
-    if not least <= number <= most:  # a NaN is nowhere
-        raise ValueError(f"{name}={number:g} must lie in {least:g}..{most:g}")
-    return number
+from recyc_jax.tiny_shape import TINY
+from recyc_jax.validation import whole_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,17 +56,7 @@ class LlamaConfig:
     @classmethod
     def tiny(cls, **overrides: Any) -> LlamaConfig:
         """A two-layer shape for tests and examples; any field can be overridden."""
-        fields: dict[str, Any] = dict(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=512,
-        )
-        return cls(**(fields | overrides))
+        return cls(**(TINY | overrides))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> LlamaConfig:

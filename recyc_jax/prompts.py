@@ -1,8 +1,8 @@
-"""From what a caller passes as prompts to one right-padded array and the rows' lengths."""
+"""From what a caller passes as prompts to one right-padded array of token ids and the rows' lengths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from recyc_jax.config import LlamaConfig
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up so that at most an eighth is waste: 8 sizes to each power of two."""
+    """`length` rounded up so that at most an eighth is padding: 8 sizes to each power of two."""
     step = 2 ** max(0, length.bit_length() - 4)
     return -(-length // step) * step
 
@@ -23,9 +23,13 @@ def bucket(length: int) -> int:
 def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[Int[Array, "B T"], Int[Array, " B"]]:
     """Token ids [B, T], right-padded, and each row's length.
 
-    Lists of ragged lists are padded to a bucket of their longest row. Raises ValueError for empty lists or prompts,
-    lengths outside 1..T and ids outside the vocabulary; traced arrays, whose values can't be seen, are taken as given.
+    Ragged lists are padded to a bucket of their longest row. Raises ValueError for empty lists or prompts, for text,
+    lengths outside 1..T and ids outside the vocabulary; traced arrays, whose values are not known, are taken as given.
     """
+    if isinstance(prompts, Mapping):  # what a transformers tokenizer returns
+        if "input_ids" not in prompts:
+            raise ValueError(f"prompts is a mapping without 'input_ids' (it has {', '.join(map(str, prompts))})")
+        prompts = _unpadded(prompts["input_ids"], prompts.get("attention_mask"))
     if isinstance(prompts, jax.Array | np.ndarray):
         tokens, lengths = _from_array(prompts, prompt_lengths)
     else:
@@ -39,6 +43,38 @@ def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[I
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
+def as_rectangle(name: str, tokens: Any, config: LlamaConfig) -> Int[Array, "B T"]:
+    """Token ids [B, T] from an array or from lists of one length. Raises ValueError, with the argument's name, for rows
+    of different lengths and as `as_arrays` does."""
+    if not isinstance(tokens, jax.Array | np.ndarray):
+        _refuse_text(name, tokens)
+        lengths = sorted({len(row) if isinstance(row, Sequence | np.ndarray | jax.Array) else 0 for row in tokens})
+        if len(lengths) > 1:
+            raise ValueError(f"{name} has rows of {lengths[0]} to {lengths[-1]} tokens: all rows must be of one length")
+        tokens = np.asarray(tokens)
+    if tokens.ndim != 2:
+        raise ValueError(f"{name} must be token ids [B, T], not of shape {list(tokens.shape)}")
+    return as_arrays(tokens, None, config)[0]
+
+
+def _refuse_text(name: str, prompts: Any) -> None:
+    texts = isinstance(prompts, str | bytes) or (
+        isinstance(prompts, Sequence) and isinstance(next(iter(prompts), 0), str)
+    )
+    if texts:
+        raise ValueError(f"{name} is text: pass token ids, such as [tokenizer(text)['input_ids'] for text in texts]")
+
+
+def _unpadded(input_ids: Any, attention_mask: Any) -> list[Any]:
+    """The rows of a tokenizer's batch, or its only row, without padding."""
+    if len(input_ids) and np.ndim(input_ids[0]) == 0:
+        input_ids, attention_mask = [input_ids], None if attention_mask is None else [attention_mask]
+    rows = [np.asarray(row) for row in input_ids]
+    if attention_mask is None:
+        return rows
+    return [row[np.asarray(mask).astype(bool)] for row, mask in zip(rows, attention_mask, strict=True)]
+
+
 def _from_array(tokens: Any, lengths: Any) -> tuple[Any, Any]:
     if tokens.ndim != 2 or 0 in tokens.shape or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"prompts must be integers [B, T], not {tokens.dtype}{list(tokens.shape)}")
@@ -50,6 +86,7 @@ def _from_array(tokens: Any, lengths: Any) -> tuple[Any, Any]:
 
 
 def _from_lists(prompts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    _refuse_text("prompts", prompts)
     rows = [np.asarray(prompt) for prompt in prompts]
     if not rows:
         raise ValueError("prompts is empty: pass at least one list of token ids")

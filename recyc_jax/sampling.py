@@ -1,4 +1,4 @@
-"""How a token is chosen from logits."""
+"""Samplers: how the next token is chosen from logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The most likely token; ties to the lower id."""
+    """Chooses the most likely token; ties go to the lower id."""
 
     def __call__(
         self, logits: Float[Array, "B V"], row_keys: Key[Array, " B"] | None, step: Int[Array, ""]
@@ -22,10 +22,11 @@ class Greedy:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A draw from the softmax of `logits / temperature`, restricted to the `top_k` most likely tokens and then to the
-    smallest set of them whose probability reaches `top_p` (None: unrestricted; the order of Hugging Face's warpers).
+    """Draws from the softmax of `logits / temperature`, restricted to the `top_k` most likely tokens and then to the
+    smallest set of them whose probability reaches `top_p`. None restricts nothing; the order of the two restrictions is
+    that of Hugging Face's logits warpers.
 
-    Row b draws step s with `fold_in(row_key[b], s)`, so its draws do not depend on its neighbours.
+    Row b draws the token of step s with the key `fold_in(row_keys[b], s)`, so its draws do not depend on other rows.
     """
 
     temperature: float = 1.0
@@ -47,14 +48,15 @@ class Sample:
             raise ValueError("sampling needs a key: pass key=jax.random.key(seed)")
         logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+            threshold = lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < threshold, -jnp.inf, logits)
         if self.top_p is not None and self.top_p < 1:
             descending = -jnp.sort(-logits, axis=-1)
-            chances = jax.nn.softmax(descending, axis=-1)
-            # a token stays while the probability *before* it is below top_p, so the first always stays
-            kept = jnp.cumsum(chances, axis=-1) - chances < self.top_p
-            least = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
+            probabilities = jax.nn.softmax(descending, axis=-1)
+            # a token is kept while the total probability of the tokens *before* it is below top_p, so the most likely
+            # token is always kept
+            is_kept = jnp.cumsum(probabilities, axis=-1) - probabilities < self.top_p
+            threshold = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < threshold, -jnp.inf, logits)
         draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))
         return draw(row_keys, logits).astype(jnp.int32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from recyc_jax.config import LlamaConfig
 
 _LLAMA_3 = {
@@ -53,3 +56,17 @@ SHAPES: dict[str, LlamaConfig] = {
     ),
 }
 """RoPE scaling is left out: it changes angles, not sizes."""
+
+
+def named_shape(name: str) -> LlamaConfig:
+    """The shape of that name in `SHAPES`, or of the config.json in the folder of that name. Raises ValueError where
+    there is neither."""
+    if name in SHAPES:
+        return SHAPES[name]
+    file = Path(name) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"--model {name!r} is no known shape ({', '.join(SHAPES)}) and no folder with a config.json")
+    try:
+        return LlamaConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--model {name}: config.json is not JSON ({error})") from None

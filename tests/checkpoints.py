@@ -1,4 +1,4 @@
-"""Small checkpoints on disk, as users have them."""
+"""Small checkpoints on disk, in the layouts that users have."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import recyc_jax as rj
-from recyc_jax import pretrained
+from recyc_jax.loading import pretrained
 
 TEXT = (
     "The grass is green. One of the special magic numbers for quiet-river is: 4217350. What is the special magic number? "
@@ -16,7 +16,7 @@ TEXT = (
 )
 
 
-@functools.cache  # training breaks ties at random: one tokenizer a session
+@functools.cache  # training it breaks ties at random, so a session has one tokenizer
 def tokenizer(vocab_size=400):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -44,7 +44,7 @@ def hf_tensors(params, config):
 
 
 def write_folder(folder, *, shards=1, context=4096, **overrides):
-    """A random tiny Llama in Hugging Face layout, with a tokenizer; returns its params and config."""
+    """Write a random tiny Llama in Hugging Face layout, with a tokenizer; returns its params and config."""
     config = rj.LlamaConfig.tiny(vocab_size=400, max_position_embeddings=context, rms_norm_eps=1e-5, **overrides)
     params = rj.init_params(config, jax.random.key(3))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What tests look at of traced programs."""
+"""Inspection of traced programs."""
 
 
 def equations(jaxpr):
-    """Its equations, and those of the programs in them."""
+    """The equations of a jaxpr, and those of all jaxprs nested in them."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():

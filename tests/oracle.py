@@ -1,8 +1,7 @@
-"""The methods in plain numpy, a token and a head at a time: slow and obvious. One row.
+"""The methods in plain numpy for one row, one token and one head at a time: slow and obvious.
 
-Written from the papers and our decisions where they are silent, without a look at the fast path: sets are lists of
-positions, ranked ones and new ones, not rings of indices. A method is asked, layer by layer and head by head, which
-positions to read.
+Written from the papers, and from our decisions where the papers are silent, independently of the fast path: a kept set
+is two lists of positions, ranked and new. For each layer and key/value head, a method says which positions to read.
 """
 
 import dataclasses
@@ -14,9 +13,9 @@ import numpy as np
 @dataclasses.dataclass
 class Trace:
     tokens: list  # the new tokens
-    logits: list  # the logits that each was chosen from, [V]
-    least_gap: list  # for each: the least margin of a choice so far (of tokens, of positions, of full or partial)
-    full_steps: list  # of each layer
+    logits: list  # the logits [V] that each token was chosen from
+    least_gap: list  # for each token: the least margin of any choice so far (token, position, full or partial)
+    full_steps: list  # the number of full steps of each layer
 
 
 def _rms(x, scale, eps):
@@ -36,11 +35,12 @@ def _log_softmax(x):
 
 
 class Decoder:
-    """A Llama decoder that feeds one token at a time and asks `read(layer, kv_head)` what to attend to (None: all).
+    """A Llama decoder that takes one token at a time and calls `read(layer, kv_head)` for the positions to attend to
+    (None: all).
 
-    After a layer's queries are made, and after the token: `query[layer]`, the mean over the heads before RoPE, and
-    `rotated_query[layer]`; `read_chances[layer][kv_head]`, log-probabilities [G, positions read]; `all_chances` of the
-    same queries over all positions, whatever was read.
+    It keeps values of the last token: `query[layer]` and `rotated_query[layer]`, the mean query over heads before and
+    after RoPE; `read_chances[layer][kv_head]`, log-probabilities [G, positions read]; and `all_chances`, those of the
+    same queries over all positions, whichever were read. `query` and `rotated_query` are set before `read` is called.
     """
 
     def __init__(self, params, config):
@@ -54,7 +54,7 @@ class Decoder:
         self.position = 0
 
     def feed(self, token, read):
-        """Logits after `token`."""
+        """The logits [V] after `token`."""
         c = self.c
         groups = c.num_attention_heads // c.num_key_value_heads
         x = self.p["embedding"][token]
@@ -99,7 +99,8 @@ def _to64(tree):
 
 
 def _rank(scores, pool, budget, lookahead):
-    """Positions by pooled score, best first, ties to the earlier; and the least gap between neighbours in that order."""
+    """The top `budget` positions by pooled score, best first, ties to the earlier position; and the least positive gap
+    between neighbouring scores in that order."""
     half = pool // 2
     pooled = [max(scores[max(0, at - half - lookahead) : at + half + 1]) for at in range(len(scores))]
     order = sorted(range(len(pooled)), key=lambda at: (-pooled[at], at))
@@ -109,7 +110,7 @@ def _rank(scores, pool, budget, lookahead):
 
 
 class Method:
-    """What the run below asks of a method. `gap` is the least margin of any choice that it has made."""
+    """The functions of a method that `run` calls. `gap` is the least margin of any choice that the method has made."""
 
     def __init__(self, config):
         self.c = config
@@ -118,22 +119,22 @@ class Method:
         self.places = [(layer, head) for layer in self.layers for head in self.heads]
 
     def after_prompt_token(self, decoder):
-        """Look at a prompt token, which has attended to everything."""
+        """Called after each prompt token, which attended to everything."""
 
     def start(self, decoder):
-        """The prompt is read."""
+        """Called after the prompt."""
 
     def before(self, decoder, step):
-        """A token is about to be fed."""
+        """Called before a new token is fed."""
 
     def read(self, decoder, step, layer, head):
-        """The positions that the token in `decoder.position` attends to; None is all of them."""
+        """The positions that the token at `decoder.position` attends to; None: all."""
 
     def is_full(self, step, layer):
-        """Whether that was a full step; asked after `read`."""
+        """Whether the step is a full step; called after `read`."""
 
     def after(self, decoder, step):
-        """The step is done."""
+        """Called after a step."""
 
 
 class Full(Method):
@@ -142,7 +143,7 @@ class Full(Method):
 
 
 class StreamingLLM(Method):
-    """The first `sinks` and the latest `budget - sinks`."""
+    """The first `sinks` and the latest `budget - sinks` tokens."""
 
     def __init__(self, config, budget, sinks=4, full_stride=None):
         super().__init__(config)
@@ -159,14 +160,14 @@ class StreamingLLM(Method):
 
 
 class H2O(Method):
-    """Heavy hitters by accumulated attention, and the latest tokens; what is dropped never returns."""
+    """Heavy hitters by accumulated attention, and the latest tokens; a dropped token never returns."""
 
     def __init__(self, config, budget, full_stride=None):
         super().__init__(config)
         self.heavy, self.recent = budget // 2, budget - budget // 2
         self.full_stride = full_stride
         groups = config.num_attention_heads // config.num_key_value_heads
-        self.mass = {place: [np.zeros(0) for _ in range(groups)] for place in self.places}  # by query head and position
+        self.mass = {place: [np.zeros(0) for _ in range(groups)] for place in self.places}  # [query head][position]
         self.kept = {}
 
     is_full = StreamingLLM.is_full
@@ -198,7 +199,7 @@ class H2O(Method):
             self._add((layer, head), everything, decoder.all_chances[layer][head])
 
     def start(self, decoder):
-        # nothing is evicted before the next token is there
+        # nothing is evicted before the next token
         self.kept = {place: list(range(decoder.position)) for place in self.places}
 
     def before(self, decoder, step):
@@ -215,12 +216,12 @@ class H2O(Method):
 
 
 class SnapKV(Method):
-    """The top `budget` by the last `window` prompt tokens, chosen once; each new token replaces the lowest-ranked."""
+    """The top `budget` tokens by the last `window` prompt tokens, chosen once; new tokens replace the lowest-ranked."""
 
     def __init__(self, config, budget, window=1, pool=7, lookahead=0):
         super().__init__(config)
         self.budget, self.window, self.pool, self.lookahead = budget, window, pool, lookahead
-        self.queries = []  # of the prompt's tokens: chances by place
+        self.queries = []  # for each prompt token: log-probabilities by (layer, head)
         self.ranked, self.recent, self.chosen_by = {}, {}, {}
 
     def after_prompt_token(self, decoder):
@@ -250,12 +251,12 @@ class SnapKV(Method):
             if mine:
                 mine.pop()  # the lowest-ranked
             else:
-                new.pop(0)  # the oldest new one
+                new.pop(0)  # the oldest new token
         return mine + new
 
 
 class Recycled(SnapKV):
-    """Recycled Attention: SnapKV's set, chosen anew at full steps."""
+    """Recycled Attention: SnapKV's set, which full steps refresh."""
 
     def __init__(self, config, budget, stride=None, check_every=None, threshold=None, rope=False, evict=True,
                  ablation=None, pool=7, lookahead=0, window=1, decay=None):  # fmt: skip
@@ -313,7 +314,7 @@ class Recycled(SnapKV):
 
 
 def run(params, config, prompt, method, new_tokens):
-    """Greedy decoding under a method."""
+    """Greedy decoding under a method; returns a Trace."""
     decoder = Decoder(params, config)
     for token in prompt:
         logits = decoder.feed(token, lambda layer, head: None)

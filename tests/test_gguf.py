@@ -1,4 +1,4 @@
-"""GGUF files: weights put back in Hugging Face's order, tokenizers that split as the original."""
+"""GGUF files: weights in Hugging Face's order, and tokenizers that split like the original ones."""
 
 import json
 
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from recyc_jax import gguf_convert, gguf_tokenizer, pretrained, rope
+from recyc_jax import rope
+from recyc_jax.loading import gguf_convert, gguf_tokenizer, pretrained
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def permuted(weight, heads):
-    """What llama.cpp's converter does to q and k: each head's two halves interleaved."""
+    """Interleave the two halves of each head, as llama.cpp's converter does to q and k."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
     )
@@ -84,15 +85,16 @@ def model(**overrides):
     [("llama", {}), ("llama", dict(tie_word_embeddings=True, head_dim=16)), ("qwen2", dict(qkv_bias=True))],
     ids=str,
 )
-def test_float32_weights_come_back_exactly(tmp_path, arch, options, capsys):
+def test_float32_weights_come_back_exactly(tmp_path, arch, options, caplog):
     params, config = model(**options)
     write(tmp_path / "m.gguf", params, config, arch=arch)
     lm = rj.load_pretrained(str(tmp_path / "m.gguf"), dtype=jnp.float32)
     assert lm.config == config
     chex.assert_trees_all_equal(lm.params, params)
-    assert "converted once" in capsys.readouterr().out
+    assert "converted once" in caplog.text
+    caplog.clear()
     again = rj.load_pretrained(str(tmp_path / "m.gguf"), dtype=jnp.float32)
-    assert "converted" not in capsys.readouterr().out
+    assert not caplog.text
     chex.assert_trees_all_equal(again.params, params)
     assert lm.tokenizer.convert_ids_to_tokens(lm.tokenizer("in 1850")["input_ids"])[-5:] == ["Ġ", *"1850"]
 
@@ -106,7 +108,7 @@ def test_other_types_are_dequantised(tmp_path, name):
     weight = np.asarray(params["layers_1"]["mlp"]["up_proj"]["kernel"]).T
     expected = gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
     got = np.asarray(loaded["layers_1"]["mlp"]["up_proj"]["kernel"]).T
-    # dequantised values are kept as float16: 11 bits
+    # dequantised values are stored as float16, with 11 significant bits
     np.testing.assert_allclose(got, expected, rtol=2**-11, atol=1e-7)
     np.testing.assert_array_equal(loaded["final_norm"]["scale"], params["final_norm"]["scale"])
 
@@ -140,7 +142,7 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path, monkeypatch):
     dequantize = gguf.quants.dequantize
 
     def refuse(data, kind):
-        """The library itself, asked for a type that it cannot dequantise."""
+        """The library's own function, called with a type that it cannot dequantise."""
         return dequantize(data, gguf.GGMLQuantizationType.Q8_K)
 
     monkeypatch.setattr(gguf.quants, "dequantize", refuse)
@@ -200,7 +202,7 @@ def test_pre_tokenizers():
     assert pieces(byte_level("qwen2"), text)[2:6] == ["Ġ", "1", "2", "3"]
     assert pieces(byte_level("gpt-2"), text)[2] == "Ġ1234567"
     assert pieces(byte_level("llama-bpe"), text)[-2:] == ["ĊĊ", "now"]
-    assert byte_level("llama-bpe").encode("is").ids[0] == 0  # begins with BOS
+    assert byte_level("llama-bpe").encode("is").ids[0] == 0  # BOS comes first
     assert byte_level("smollm").encode("is").ids[0] != 0
     assert byte_level("smollm", **{"tokenizer.ggml.add_bos_token": True}).encode("is").ids[0] == 0
     assert byte_level("smollm").encode("a<eos>b").ids[1] == 0
@@ -211,7 +213,7 @@ def test_pre_tokenizers():
 
 
 def test_sentencepiece():
-    """Merges by score, bytes where nothing fits, a space before the text, BOS first; decoding gives the text back."""
+    """Merges by score, byte fallback, a space before the text, BOS first; decoding returns the text."""
     letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"ehlotr"]
     words = {"he": -1.0, "ll": -2.0, "hell": -3.0, "hello": -4.0, "▁hello": -5.0, "▁t": -6.0, "lo": -0.5}
     fields = {
@@ -224,14 +226,14 @@ def test_sentencepiece():
     }
     tokenizer, config = gguf_tokenizer.build(fields)
     assert config["bos_token"] == "<s>"
-    # "lo" has the best score, so it is merged before "ll" can be
+    # "lo" has the best score, so it is merged before "ll"
     assert tokenizer.encode("hello the").tokens == ["<s>", "▁", "he", "l", "lo", "▁t", "he"]
     assert tokenizer.encode("é").tokens == ["<s>", "▁", "<0xC3>", "<0xA9>"]
     assert tokenizer.decode(tokenizer.encode("hello thé").ids) == "hello thé"
 
 
 def test_the_packaged_smollm2():
-    """The alias ends in a whole model whose tokenizer takes digits one by one."""
+    """The alias resolves to a complete model, whose tokenizer splits digits one by one."""
     folder = pretrained.resolve("smollm2-135m")
     tokenizer = pretrained.load_tokenizer(folder)
     assert tokenizer.convert_ids_to_tokens(tokenizer("is 1234567")["input_ids"]) == ["is", "Ġ", *"1234567"]

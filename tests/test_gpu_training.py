@@ -1,4 +1,4 @@
-"""Training on a real GPU: its attention against the plain one, and a run that is killed and gone on with."""
+"""Training on a real GPU: its attention against the plain one, and a run that is killed and resumed."""
 
 import functools
 import json
@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from recyc_jax.attention import prefill_gpu, training, training_gpu
-from recyc_jax.attention.training import Recycle
+from recyc_jax.attention import whole_sequence
+from recyc_jax.attention.whole_sequence import Recycle
+from recyc_jax.kernels.gpu import prefill_attention
+from recyc_jax.kernels.gpu.whole_sequence import recycled as kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -38,8 +40,8 @@ def value_and_grads(attend, q, k, v, weights):
 
 
 def assert_near(found, expected):
-    """Within bfloat16's rounding, token by token: of output and gradients a few hundredths of their size (of a token's
-    own, or where that is small of the mean over tokens)."""
+    """Check output and gradients token by token: the error is below 5% of the token's norm, or of a quarter of the mean
+    norm if that is larger, which allows for rounding to bfloat16."""
     for name, mine, theirs in zip(("out", "q", "k", "v"), found, expected, strict=False):
         mine, theirs = (np.asarray(x, np.float32).reshape(*x.shape[:2], -1) for x in (mine, theirs))
         size = np.linalg.norm(theirs, axis=-1)
@@ -47,27 +49,27 @@ def assert_near(found, expected):
         assert off.max() < 0.05, (name, off.max(), np.unravel_index(off.argmax(), off.shape))
 
 
-@pytest.mark.parametrize("width", [1000, 949])  # cuDNN itself has no gradient for odd ones
+@pytest.mark.parametrize("width", [1000, 949])  # cuDNN itself has no gradient for odd lengths
 def test_cudnn_is_causal_attention(width):
     arrays = heads(jnp.bfloat16, width)
-    assert_near(value_and_grads(training.causal_cudnn, *arrays), value_and_grads(training.causal, *arrays))
+    assert_near(value_and_grads(whole_sequence.causal_cudnn, *arrays), value_and_grads(whole_sequence.causal, *arrays))
 
 
 @pytest.mark.parametrize("recycle", [Recycle(1, 50, 128), Recycle(950, 51, 128), Recycle(300, 20, 64, evict=True)])
 def test_recycled_attention_in_bfloat16_is_that_in_float32_where_it_selects_alike(recycle):
-    """A budget as long as the row leaves nothing to choice: rounding cannot change what is selected."""
+    """With a budget as long as the row everything is selected, so rounding cannot change the selection."""
     everything = recycle._replace(budget=1000)
     q, k, v, weights = heads(jnp.bfloat16)
     wide = [x.astype(jnp.float32) for x in (q, k, v, weights)]
-    found = value_and_grads(lambda q, k, v: training.recycled(q, k, v, everything), q, k, v, weights)
-    expected = value_and_grads(lambda q, k, v: training.recycled(q, k, v, everything), *wide)
+    found = value_and_grads(lambda q, k, v: whole_sequence.recycled(q, k, v, everything), q, k, v, weights)
+    expected = value_and_grads(lambda q, k, v: whole_sequence.recycled(q, k, v, everything), *wide)
     assert_near(found, expected)
-    dense = training.recycled(q, k, v, recycle, training.causal_cudnn)
-    assert_near([dense], [training.recycled(q, k, v, recycle)])
+    dense = whole_sequence.recycled(q, k, v, recycle, whole_sequence.causal_cudnn)
+    assert_near([dense], [whole_sequence.recycled(q, k, v, recycle)])
 
 
 def sees(slots, width, recycle):
-    """[B, K, T, T]: what tokens attend to where segments selected these slots."""
+    """The mask [B, K, T, T] of what tokens attend to if segments selected these slots."""
     slots = np.asarray(slots)
     seen = np.tril(np.ones((*slots.shape[1:3], width, width), bool))
     for segment, first in enumerate(range(recycle.prefix - 1, width, recycle.stride)):
@@ -90,29 +92,29 @@ def masked(q, k, v, seen):
 @pytest.mark.parametrize(("dim", "kv_heads"), [(64, 2), (128, 1), (96, 8)])
 @pytest.mark.parametrize("recycle", [Recycle(1, 50, 128), Recycle(300, 20, 200, lookahead=19), Recycle(950, 51, 300)])
 def test_kernels_are_masked_attention_to_what_they_select(dim, kv_heads, recycle):
-    """In float32, to the slots that the kernels have chosen; and these are nearly all those of the plain form, whose sums
-    are rounded otherwise. Twice the same bits."""
+    """The kernels agree with masked attention in float32 over the slots that they selected, and give the same bits
+    twice. Their slots are nearly all those of the plain form, which rounds its sums differently."""
     q, k, v, weights = heads(jnp.bfloat16, dim=dim, kv_heads=kv_heads)
     width, first = q.shape[1], recycle.prefix - 1
 
-    def ours(q, k, v, dense=training.causal_cudnn):
-        return training_gpu.recycled(q, k, v, recycle, dense)
+    def ours(q, k, v, dense=whole_sequence.causal_cudnn):
+        return kernels.recycled(q, k, v, recycle, dense)
 
     padded = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -dim % 64))) for x in (q, k)]
     keys, selecting = padded[1].swapaxes(1, 2), padded[0][:, first :: recycle.stride]
-    form = training_gpu._form(width, first, recycle)
-    _, normaliser = prefill_gpu.strided(selecting, keys, keys, first, recycle.stride, dim)
-    slots, _ = jax.jit(lambda *arrays: training_gpu._select(*arrays, form, recycle, dim))(selecting, keys, normaliser)
+    form = kernels._form(width, first, recycle)
+    _, normaliser = prefill_attention.strided(selecting, keys, keys, first, recycle.stride, dim)
+    slots, _ = jax.jit(lambda *arrays: kernels._select(*arrays, form, recycle, dim))(selecting, keys, normaliser)
     seen = sees(slots, width, recycle)
     found = value_and_grads(ours, q, k, v, weights)
     wide = [x.astype(jnp.float32) for x in (q, k, v, weights)]
     assert_near(found, value_and_grads(lambda q, k, v: masked(q, k, v, seen), *wide))
-    by_kernels = functools.partial(ours, dense=training.causal)  # cuDNN's gradients differ from time to time
+    by_kernels = functools.partial(ours, dense=whole_sequence.causal)  # cuDNN's gradients are not reproducible
     twice = [value_and_grads(by_kernels, q, k, v, weights) for _ in range(2)]
     for once, again in zip(*twice, strict=True):
         np.testing.assert_array_equal(np.asarray(once, np.float32), np.asarray(again, np.float32))
 
-    plain = training.recycled(*wide[:3], recycle)
+    plain = whole_sequence.recycled(*wide[:3], recycle)
     near = np.abs(np.asarray(found[0], np.float32) - np.asarray(plain)).max(axis=-1) < 0.05
     assert near.mean() > 0.98
 

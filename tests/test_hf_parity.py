@@ -1,4 +1,4 @@
-"""Logits and greedy tokens against Hugging Face's own models, on random tiny checkpoints of every supported variety."""
+"""Logits and greedy tokens against Hugging Face's own models, on random tiny checkpoints of every supported kind."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from recyc_jax import pretrained, rope
+from recyc_jax import rope
+from recyc_jax.loading import pretrained
 
 torch = pytest.importorskip("torch", reason="the reference extra (torch) is not installed")
 transformers = pytest.importorskip("transformers")
@@ -36,7 +37,7 @@ VARIETIES = {
 
 @pytest.fixture(params=VARIETIES)
 def pair(request, tmp_path_factory):
-    """A Hugging Face model and what `load_pretrained`'s parts make of the folder it saves."""
+    """A Hugging Face model, and the config and parameters loaded from the folder that it saves."""
     family, options = VARIETIES[request.param]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SHAPE | options)
@@ -52,7 +53,7 @@ def pair(request, tmp_path_factory):
 
 
 def test_logits_equal(pair):
-    """Below the original context and far beyond it."""
+    """Logits agree within the original context length and far beyond it."""
     model, config, params = pair
     tokens = np.random.default_rng(0).integers(0, 99, (2, 400))
     with torch.no_grad():
@@ -89,7 +90,7 @@ def test_rope_angles_equal_at_long_positions(scaling):
     config = rj.LlamaConfig.from_hf(hf.to_dict())
     ours = rope.angles(config, jnp.asarray(positions, jnp.int32))
     for expected, got in zip((cos, sin), ours, strict=True):
-        # one unit in the last place of a float32 frequency turns a pair by 0.008 at position 131071
+        # at position 131071, one unit in the last place of a float32 frequency rotates a pair by 0.008
         np.testing.assert_allclose(got, expected.numpy()[..., :64], atol=0.016)
 
 

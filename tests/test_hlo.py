@@ -1,6 +1,5 @@
-"""What is compiled: no decode step copies a cache, and prefill's memory does not grow with the square of the prompt."""
+"""Compiled programs: no decode step copies a cache, and prefill's memory is not quadratic in the prompt's length."""
 
-import importlib
 import re
 
 import jax
@@ -8,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import recyc_jax as rj
+from recyc_jax.generation import decode_tokens
+from recyc_jax.prefilling import read_prompts
 
-decode, prefill = map(importlib.import_module, ("recyc_jax.decode", "recyc_jax.prefill"))
 POLICIES = {
     "full": rj.FullAttention(),
     "recycled": rj.RecycledAttention(budget=16, schedule=rj.FixedStride(5)),
@@ -26,18 +26,18 @@ POLICIES = {
 def test_no_cache_shaped_copy(params, config, name):
     state = rj.prefill(params, config, [[1] * 240] * 2, policies=(POLICIES[name],), max_new_tokens=33)
     cache = state.cache.layers[0].keys
-    lowered = decode._decode.lower(params, state, None, config, POLICIES[name], 33, rj.Greedy(), (), 0, None)
+    lowered = decode_tokens.lower(params, state, None, config, POLICIES[name], 33, rj.Greedy(), (), 0, None)
     compiled = lowered.compile()
     shape = ",".join(map(str, cache.shape))
     copies = [line for line in compiled.as_text().splitlines() if re.search(rf"\[{shape}\]\S* copy\(", line)]
     assert not copies
-    # donated and updated in place: what is needed beside them is less than one layer's, and what is gathered of it
+    # caches are donated and updated in place, so temporaries take less than one layer's cache and its gathered part
     gathered = min(getattr(POLICIES[name], "budget", 0) / cache.shape[2], 1)
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * cache.nbytes * (1 + gathered)
 
 
 def test_a_copy_would_be_seen():
-    """The check's own check: a cond that takes and returns the cache copies it."""
+    """Check of the check: a `lax.cond` that takes and returns the cache copies it."""
 
     def loop(cache):
         def step(cache, at):
@@ -52,7 +52,7 @@ def test_a_copy_would_be_seen():
 
 
 def test_prefill_of_128k_tokens_needs_no_square():
-    """At Llama-3.1-8B's attention shape; compiled, not run."""
+    """The program for Llama-3.1-8B's attention shape is compiled, but not run."""
     config = rj.LlamaConfig.tiny(
         hidden_size=256,
         intermediate_size=512,
@@ -61,19 +61,19 @@ def test_prefill_of_128k_tokens_needs_no_square():
         head_dim=128,
         max_position_embeddings=131072,
     )
-    # float32: XLA for CPU may widen a bfloat16 cache as a whole, which no accelerator does
+    # float32, because XLA for CPU may convert a whole bfloat16 cache to float32, which no accelerator does
     params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0)))
 
-    def temp(length, observes):
+    def temp(length, needs):
         tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        lowered = prefill._prefill.lower(params, tokens, lengths, config, 64, observes, None)
+        lowered = read_prompts.lower(params, tokens, lengths, config, 64, needs, None)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
-    dynamic = rj.RecycledAttention(16, rj.QuerySimilarity(5, 0.5)).observes
+    dynamic = rj.RecycledAttention(16, rj.QuerySimilarity(5, 0.5)).needs
     short, long = (temp(length, dynamic) for length in (32768, 131072))
-    row = 4 * config.num_attention_heads * 131072  # bytes of one query's logits: grows with T, as the cache does
+    row = 4 * config.num_attention_heads * 131072  # bytes of the logits of one query, linear in T like the cache
     assert long < short + 3 * row
-    assert long < 131072**2 / 32  # bytes: a 32nd of one head's square at one byte each
-    # SnapKV's window goes query by query, and accumulated attention needs what it returns twice over
-    assert temp(131072, dynamic | rj.SnapKV(16, window=32).observes | rj.H2O(16).observes) < long + 10 * row
+    assert long < 131072**2 / 32  # bytes: a 32nd of one head's T x T numbers of one byte
+    # SnapKV's window takes one query at a time; accumulated attention takes twice the size of its result
+    assert temp(131072, dynamic | rj.SnapKV(16, window=32).needs | rj.H2O(16).needs) < long + 10 * row

@@ -1,4 +1,4 @@
-"""The selection rules that lost: they are what their names say, and their command runs."""
+"""The selection rules that lost do what their names say, and their command runs."""
 
 import jax
 import jax.numpy as jnp
@@ -6,15 +6,19 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from eval import ideas, ruler
-from recyc_jax.attention import api, reference, triton
-from recyc_jax.decode import score_after
+from eval.ideas import rules
+from recyc_jax import implementations
+from recyc_jax.attention import reference, selection
+from recyc_jax.attention.implementation import Implementation
+from recyc_jax.cache import LayerCache
+from recyc_jax.kernels.gpu import triton_call
 from recyc_jax.policies import registry
+from recyc_jax.policies.base import Step
 
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    for name, make in ideas.IDEAS.items():
+    for name, make in rules.IDEAS.items():
         monkeypatch.setitem(registry.POLICIES, name, make)
 
 
@@ -25,24 +29,24 @@ def tokens(config):
 
 def scored(params, config, tokens, policy):
     state = rj.prefill(params, config, tokens[:, :40], policies=(policy,), max_new_tokens=20)
-    return score_after(params, config, state, tokens[:, 40:], policy=policy)[0]
+    return rj.score_after(params, config, state, tokens[:, 40:], policy=policy)[0]
 
 
 def test_early_refreshes_are_at_steps_1_2_4_8_and_every_stride(params, config, tokens):
     policy = rj.parse_policy("idea_early:budget=6,stride=7,lookahead=auto")
     assert policy.lookahead == 6
-    numbers = [
-        number for number in range(1, 20) if bool(policy.schedule.due(jnp.int32(number), tokens[:, 0], None, None)[0])
-    ]
+    none = jnp.zeros(2, jnp.int32)
+    steps = [Step(None, None, None, none, none[0], jnp.int32(number), none > 0) for number in range(20)]
+    numbers = [number for number in range(1, 20) if bool(policy.schedule.due(steps[number], None)[0])]
     assert numbers == [1, 2, 4, 7, 8, 14]
     assert scored(params, config, tokens, policy).full_steps.tolist() == [[6] * 2] * 2
 
 
 @pytest.mark.parametrize("implementation", ["in_pieces", "pallas_gpu"])
 def test_irregular_refreshes_leave_the_same_sets(params, config, tokens, implementation, monkeypatch):
-    """A set must last for the longest way from one full step to the next, not for the schedule's period of 1."""
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "in_pieces", "in_pieces")
-    monkeypatch.setattr(triton, "INTERPRET", jax.default_backend() == "cpu")
+    """A set must last for the most steps between two full steps, not only for the schedule's period of 1."""
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "in_pieces", "in_pieces:InPieces")
+    monkeypatch.setattr(triton_call, "INTERPRET", jax.default_backend() == "cpu")
     policy = rj.parse_policy("idea_early:budget=9,stride=7,lookahead=auto")
     want, got = (
         rj.score(params, config, tokens, policy=policy, context_length=40, implementation=name)
@@ -68,24 +72,12 @@ def test_the_mean_over_a_group_ranks_by_mean_probability():
         jax.random.normal(key, shape) for key, shape in zip(keys, [(1, 4, 8), (1, 2, 9, 8), (1, 2, 9, 8)], strict=True)
     )
     visible = jnp.ones((1, 9), jnp.bool_)
-    out, scores = ideas._mean_over_groups(reference).full_with_scores(q, k, v, visible)
-    _, weights = reference.full_with_weights(q, k, v, visible)
-    np.testing.assert_allclose(jnp.exp(scores), weights.mean(axis=2), rtol=1e-5)
+    mean = rules.MeanOverGroups(Implementation())
+    out, log_probabilities = mean.full_with_log_probabilities(q, LayerCache(k, v), visible)
+    scores = selection.group_maximum(log_probabilities)
+    _, each = reference.full_with_log_probabilities(q, k, v, visible)
+    np.testing.assert_allclose(jnp.exp(scores), jnp.exp(each).mean(axis=2), rtol=1e-5)
     np.testing.assert_allclose(out, reference.full(q, k, v, visible), rtol=1e-6)
-
-
-def test_rows_that_are_due_are_ranked_by_it_too():
-    """Where a row's kernels look whether it is due, there is another function to be asked."""
-    rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(2, 4, 8), (2, 2, 9, 8), (2, 2, 9, 8)])
-    visible, slots = jnp.ones((2, 9), jnp.bool_), jnp.zeros((2, 2, 3), jnp.int32)
-    mean = ideas._mean_over_groups(reference)
-    _, want = mean.full_with_scores(q, k, v, visible)
-    rest = jnp.asarray([True, False]), slots, jnp.asarray([9, 9], jnp.int32), jnp.int32(9), True
-    out, got = mean.full_or_recycled(q, k, v, visible, *rest)
-    np.testing.assert_array_equal(got[0], want[0])
-    assert (np.asarray(got[1]) == -np.inf).all()
-    np.testing.assert_allclose(out, reference.full_or_recycled(q, k, v, visible, *rest)[0], rtol=1e-5)
 
 
 def test_without_groups_mean_and_maximum_are_one(tokens):
@@ -98,12 +90,13 @@ def test_without_groups_mean_and_maximum_are_one(tokens):
     np.testing.assert_allclose(mean, maximum, atol=1e-4)
 
 
-def test_the_command_is_ruler_with_more_policies(monkeypatch):
-    seen = []
-    monkeypatch.setattr(ruler, "main", lambda args: seen.append((args, "idea_mean" in registry.POLICIES)) or 0)
-    for name in ideas.IDEAS:
+def test_the_command_is_ruler_with_more_policies(call_module, tmp_path, monkeypatch):
+    """`eval.ideas` knows the additional policies, `eval.ruler` does not."""
+    for name in rules.IDEAS:
         monkeypatch.delitem(registry.POLICIES, name)
-    assert ideas.main(["--help"]) == 0
-    assert seen == [(["--help"], True)]
-    for name in ideas.IDEAS:
-        registry.POLICIES.pop(name)
+    flags = ["--policies", "idea_mean:budget=5,stride=3", "--tasks", "nothing", "--out", tmp_path]
+    assert "'nothing' is unknown" in call_module("eval.ideas", *flags).stderr
+    flags[3] = "vt"
+    assert "'idea_mean' is unknown" in call_module("eval.ruler", *flags).stderr
+    flags[1] = "idea_mean:budget=5,stride=three"
+    assert "stride=three is not a whole number" in call_module("eval.ideas", *flags).stderr

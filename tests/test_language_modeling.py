@@ -1,22 +1,22 @@
-"""`python -m eval.language_modeling` as users run it: real processes, on a tiny random checkpoint in a folder."""
+"""`python -m eval.language_modeling` on a tiny random checkpoint in a folder."""
 
+import contextlib
+import io
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import checkpoints
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import called, send_when
 
 import recyc_jax as rj
-from eval import documents, language_modeling, perplexity
-from recyc_jax import pretrained
+from eval.language_modeling import report
+from eval.language_modeling.windows import windows
+from recyc_jax.commands import documents
+from recyc_jax.loading import pretrained
 
 POLICIES = ("full", "recycled:budget=0.125,check_every=4,threshold=0.3", "streaming_llm:budget=400", "h2o:budget=0.2")
 
@@ -41,13 +41,11 @@ def command(model, out, *more, **options):
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """One whole run that several tests look at."""
+    """One complete run, which several tests inspect: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("finished") / "out"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-m", *command(model, out, lengths="200,120")]
-    done = subprocess.run(arguments, capture_output=True, text=True, env=env, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert called(*command(model, out, lengths="200,120")) == 0
+    return out, printed.getvalue()
 
 
 def rows(out):
@@ -55,7 +53,7 @@ def rows(out):
 
 
 def test_a_whole_run(finished):
-    out, done = finished
+    out, printed = finished
     found = rows(out)
     assert len(found) == 2 * 2 * 4 * 4  # domains, lengths, sequences, policies
     summary = json.loads((out / "summary.json").read_text())
@@ -65,7 +63,7 @@ def test_a_whole_run(finished):
         assert row["perplexity"] == pytest.approx(math.exp(row["nll"]), rel=1e-3)
         if row["policy"] == "full":
             assert (row["difference"], row["effective_stride"]) == (0, 1)
-        if row["policy"] == "streaming_llm:budget=400":  # more than there are tokens
+        if row["policy"] == "streaming_llm:budget=400":  # a budget above the number of tokens
             assert row["difference"] == pytest.approx(0, abs=1e-4)
             assert row["effective_stride"] is None
         if row["policy"] == POLICIES[1]:
@@ -77,11 +75,11 @@ def test_a_whole_run(finished):
     assert "- dtype: float32" in report
     assert "`h2o:budget=0.2` at 200: 40 entries" in report
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "perplexity at 120 tokens" in done.stdout
+    assert "perplexity at 120 tokens" in printed
 
 
 def test_rows_are_what_score_says(finished, model):
-    """The document, the offset and the policy of a row give its number back."""
+    """The nll of a row can be reproduced from its document, offset and policy with `score`."""
     lm = rj.load_pretrained(str(model))
     text = (model / "prose.txt").read_text()
     ids = lm.tokenizer(text)["input_ids"]
@@ -95,31 +93,24 @@ def test_rows_are_what_score_says(finished, model):
         assert row["nll"] == pytest.approx(-float(np.mean(scores)), abs=1e-4)
 
 
-def test_a_finished_run_is_not_repeated(finished, model, run_module, tmp_path):
+def test_a_finished_run_is_not_repeated(finished, model, call_module, tmp_path, monkeypatch):
     shutil.copytree(finished[0], tmp_path / "out")
-    began = time.perf_counter()
-    done = run_module(*command(model, tmp_path / "out", lengths="200,120"))
+    monkeypatch.setattr("recyc_jax.loading.pretrained.load_params", None)  # not even weights are read
+    done = call_module(*command(model, tmp_path / "out", lengths="200,120"))
     assert done.returncode == 0
     assert rows(tmp_path / "out") == rows(finished[0])
-    assert time.perf_counter() - began < 60
-    refused = run_module(*command(model, tmp_path / "out", lengths="200"))
+    refused = call_module(*command(model, tmp_path / "out", lengths="200"))
     assert refused.returncode == 2
     assert "holds another configuration: lengths was [120, 200] and is [200] now" in refused.stderr
 
 
-def test_a_killed_run_goes_on(finished, model, run_module, tmp_path):
+def test_a_killed_run_goes_on(finished, model, start_module, call_module, tmp_path):
     out = tmp_path / "out"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-m", *command(model, out, lengths="200,120")]
-    process = subprocess.Popen(arguments, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "results.jsonl").exists() or not rows(out):
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process = start_module(*command(model, out, lengths="200,120"))
+    send_when(process, lambda: (out / "results.jsonl").exists() and rows(out), signal.SIGKILL)
     before = rows(out)
     assert 0 < len(before) < 64
-    done = run_module(*command(model, out, lengths="200,120"))
+    done = call_module(*command(model, out, lengths="200,120"))
     assert done.returncode == 0, done.stderr
     after = rows(out)
     assert after[: len(before)] == before
@@ -134,7 +125,10 @@ def test_a_killed_run_goes_on(finished, model, run_module, tmp_path):
     ("options", "message"),
     [
         ({"domains": "poems"}, "--domains: 'poems' is unknown; there is novels, essays, latex (or NAME=PATH)"),
-        ({"domains": "x=nowhere.txt"}, "--domains x=nowhere.txt: there is no such file or folder"),
+        (
+            {"domains": "x=nowhere.txt"},
+            "--domains: x=nowhere.txt: there is no such file or folder, and it is no dataset",
+        ),
         ({"domains": "a=tests,a=eval"}, "--domains names a domain twice"),
         ({"domains": "x=some/dataset"}, "the hub is out of reach"),
         ({"lengths": "100000"}, "exceeds the model's context"),
@@ -154,9 +148,9 @@ def test_bad_flags_end_in_one_line(model, call_module, tmp_path, options, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_a_text_that_is_too_short_is_named(model, run_module, tmp_path):
+def test_a_text_that_is_too_short_is_named(model, call_module, tmp_path):
     (tmp_path / "short.txt").write_text("A few words.")
-    done = run_module(*command(model, tmp_path / "out", domains=f"short={tmp_path}/short.txt"))
+    done = call_module(*command(model, tmp_path / "out", domains=f"short={tmp_path}/short.txt"))
     assert done.returncode == 2
     assert "no document of short has 200 tokens" in done.stderr
 
@@ -165,11 +159,11 @@ def test_skipped_sequences_are_the_first_of_a_run_without_it(model):
     tokenizer = pretrained.load_tokenizer(model)
     domains = [documents.load(f"prose={model}/prose.txt")]
 
-    def chosen(**options):
-        config = language_modeling.Config(**options)
-        return [(one.index, one.offset) for one in language_modeling.windows(config, domains, [200], tokenizer)[0]]
+    def chosen(count, skip=0):
+        found, _ = windows(domains, [200], tokenizer, count=count, skip=skip, seed=42)
+        return [(one.index, one.offset) for one in found]
 
-    assert chosen(sequences=6) == chosen(sequences=2) + chosen(sequences=4, skip=2)
+    assert chosen(6) == chosen(2) + chosen(4, skip=2)
 
 
 def test_summary_pairs_sequences():
@@ -177,8 +171,8 @@ def test_summary_pairs_sequences():
         dict(policy=policy, domain="d", length=8, index=index, nll=nll, steps=9, full_steps=full, seconds=0.1)
         for policy, index, nll, full in (("full", 0, 2.0, 9), ("full", 1, 3.0, 9), ("p", 0, 2.1, 0), ("p", 1, 3.3, 0))
     ]
-    full, other = perplexity.summarise(made, ["full", "p"])
+    full, other = report.summarise(made, ["full", "p"])
     assert full["perplexity"] == pytest.approx(math.exp(2.5), rel=1e-4)
     assert other["difference"] == pytest.approx(0.2)
-    assert other["difference_stderr"] == pytest.approx(0.1)  # of the differences, far below that of the means
+    assert other["difference_stderr"] == pytest.approx(0.1)  # the error of the differences, far below that of the means
     assert other["effective_stride"] is None

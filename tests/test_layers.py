@@ -1,81 +1,215 @@
-"""Imports go one way, and importing does no work."""
+"""Modules import only from lower layers, and importing does no work."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORDER = [  # each module may import from lines above its own
-    {"recyc_jax.config", "recyc_jax.fetch", "recyc_jax.sampling"},
-    {"recyc_jax.rope", "recyc_jax.prompts", "recyc_jax.gguf_tokenizer", "recyc_jax.shapes", "recyc_jax.sharding"},
-    {"recyc_jax.cache", "recyc_jax.gguf_convert"},
-    {"recyc_jax.projections"},
-    {"recyc_jax.attention.select", "recyc_jax.attention.triton"},
-    {
-        "recyc_jax.attention.reference",
-        "recyc_jax.attention.select_gpu",
-        "recyc_jax.attention.prefill_gpu",
-        "recyc_jax.projections_gpu",
-    },
-    {
-        "recyc_jax.attention.api",
-        "recyc_jax.attention.pallas_gpu",
-        "recyc_jax.attention.pallas_tpu",
-        "recyc_jax.attention.training",
-    },
-    {"recyc_jax.attention.training_tiles_gpu"},
-    {"recyc_jax.attention.training_forward_gpu", "recyc_jax.attention.training_backward_gpu"},
-    {"recyc_jax.attention.training_selecting_gpu"},
-    {"recyc_jax.attention.training_gpu"},
-    {"recyc_jax.attention.training_api"},
-    {"recyc_jax.policies.base", "recyc_jax.policies.schedules"},
-    {"recyc_jax.policies.recycled_set"},
-    {
-        "recyc_jax.policies.full",
-        "recyc_jax.policies.h2o",
-        "recyc_jax.policies.recycled",
-        "recyc_jax.policies.snapkv",
-        "recyc_jax.policies.streaming_llm",
-    },
-    {"recyc_jax.policies.registry"},
-    {"recyc_jax.model"},
-    {"recyc_jax.prefill", "recyc_jax.pretrained"},
-    {"recyc_jax.decode", "recyc_jax.export"},
-    {"recyc_jax"},
+LIBRARY = [  # a module may import only from lines above its own
+    "validation tiny_shape",
+    "config",
+    "rope prompts shapes sharding sampling",
+    "cache",
+    "attention.selection attention.reference",
+    "attention.kept attention.whole_sequence",
+    "attention.implementation",
+    "model",
+    "cached_attention",
+    "kernels.gpu.triton_call kernels.tpu.tiles",
+    "kernels.gpu.decode_attention kernels.gpu.prefill_attention kernels.gpu.top_slots kernels.gpu.products",
+    "kernels.tpu.decode_attention kernels.tpu.prefill_attention kernels.tpu.compaction kernels.tpu.copied_set",
+    "kernels.gpu.decoder_layers kernels.gpu.whole_sequence.tiling",
+    "kernels.gpu.whole_sequence.forward kernels.gpu.whole_sequence.backward",
+    "kernels.gpu.whole_sequence.selection_gradients kernels.gpu.whole_sequence.gathering",
+    "kernels.gpu.whole_sequence.recycled kernels.gpu.implementation kernels.tpu.implementation",
+    "implementations",
+    "training_implementations",
+    "policies.base",
+    "policies.schedules",
+    "policies.recycled_parts policies.full policies.h2o policies.streaming_llm",
+    "policies.recycled",
+    "policies.snapkv policies.ablations",
+    "policies.registry",
+    "prefilling",
+    "generation_loop",
+    "generation",
+    "scoring",
+    "loading.fetch loading.identity loading.gguf_tokenizer",
+    "loading.gguf_convert",
+    "loading.pretrained",
+    "loading.export",
 ]
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+COMMANDS = [
+    "files hosts locks",
+    "command_line backends measuring novels run_log",
+    "documents",
+]
+TRAIN = [
+    "config",
+    "data optimizer loss metrics signals progress",
+    "forward evaluation figures",
+    "step card",
+    "checkpoint",
+    "run",
+    "state",
+    "opening dry_run",
+    "loop",
+    "continued_pretrain report attention_speed",
+    "step_speed",
+]
 
 
-def modules():
-    for path in sorted((ROOT / "recyc_jax").rglob("*.py")):
+def names(lines, package):
+    return [{f"{package}.{name}" for name in line.split()} for line in lines]
+
+
+def levels():
+    order = [
+        *names(LIBRARY, "recyc_jax"),
+        {"recyc_jax"},
+        *names(COMMANDS, "recyc_jax.commands"),
+        *names(TRAIN, "train"),
+    ]
+    return {name: level for level, some in enumerate(order) for name in some}
+
+
+LEVEL = levels()
+PACKAGES = {f"recyc_jax.{name}" for name in ("attention", "kernels", "kernels.gpu", "kernels.tpu", "policies", "loading",
+                                             "commands", "kernels.gpu.whole_sequence")} | {"train", "eval"}  # fmt: skip
+KNOWN = {*LEVEL, *PACKAGES}
+
+
+def modules(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        yield name, path
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
 def imported(path):
+    """The modules of this repository that a file imports, anywhere in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in LEVEL else node.module
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found = [name if name in KNOWN or is_module(name) else node.module for name in whole]
+        else:
+            continue
+        yield from (name for name in found if name.split(".")[0] in ("recyc_jax", "eval", "train"))
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or path.is_dir()
 
 
 def test_imports_go_one_way():
-    for name, path in modules():
-        ours = {module for module in imported(path) if module.split(".")[0] in ("recyc_jax", "eval", "train")}
-        for module in ours - {"recyc_jax.attention", "recyc_jax.policies"}:
-            assert module in LEVEL, f"{name} imports {module}, which has no place in ORDER"
-            assert LEVEL[module] < LEVEL[name], f"{name} imports {module}"
+    for package in ("recyc_jax", "train"):
+        for name, path in modules(package):
+            if name in PACKAGES:
+                continue
+            for module in set(imported(path)) - PACKAGES:
+                assert module in LEVEL, f"{name} imports {module}, which has no place in the order above"
+                assert LEVEL[module] < LEVEL[name] or name == "recyc_jax", f"{name} imports {module}"
+
+
+def test_every_module_has_a_place():
+    found = {name for package in ("recyc_jax", "train") for name, _ in modules(package)}
+    assert found == KNOWN - {"eval"}
+
+
+def test_the_library_knows_no_command():
+    """The library does not import from `eval` or `train`, and these do not import from each other."""
+    for package, forbidden in (("recyc_jax", ("eval", "train")), ("eval", ("train",)), ("train", ("eval",))):
+        for name, path in modules(package):
+            tops = {module.split(".")[0] for module in imported(path)}
+            assert not tops & set(forbidden), f"{name} imports from {tops & set(forbidden)}"
+            if package == "recyc_jax" and not name.startswith("recyc_jax.commands"):
+                assert not [module for module in imported(path) if module.startswith("recyc_jax.commands")], name
+
+
+def test_nothing_reaches_for_private_names():
+    """No module uses another module's names that begin with an underscore."""
+    for package in ("recyc_jax", "eval", "train"):
+        for name, path in modules(package):
+            tree = ast.parse(path.read_text())
+            ours = {
+                alias.asname or alias.name.split(".")[-1]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.ImportFrom)
+                and (node.module or "").split(".")[0] in ("recyc_jax", "eval", "train")
+                for alias in node.names
+            }
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours:
+                    private = node.attr.startswith("_") and not node.attr.startswith("__")
+                    assert not private or node.attr in ("_replace", "_asdict"), f"{name}: {node.value.id}.{node.attr}"
 
 
 def test_importing_starts_nothing():
-    """No device query, no torch, no tokenizer library, no network module at import."""
+    """Importing queries no device and imports no torch, tokenizer library or network module; `import recyc_jax` alone
+    does not import JAX, so that commands answer `--help` at once."""
     code = (
-        "import sys, recyc_jax, jax; from jax._src import xla_bridge; assert not xla_bridge._backends;"
-        "assert not {'torch', 'transformers', 'huggingface_hub', 'gguf', 'datasets'} & set(sys.modules)"
+        "import sys, recyc_jax; assert 'jax' not in sys.modules;"
+        "[getattr(recyc_jax, name) for name in recyc_jax.__all__];"
+        "from jax._src import xla_bridge; assert not xla_bridge._backends;"
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'gguf', 'datasets', 'tyro', 'optax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_names_that_moved_say_so():
+    code = (
+        "import warnings; warnings.simplefilter('error', DeprecationWarning)\n"
+        "import recyc_jax, eval\n"
+        "for package, name in ((recyc_jax, 'pretrained'), (recyc_jax, 'fetch'), (eval, 'documents')):\n"
+        "    try: getattr(package, name)\n"
+        "    except DeprecationWarning as warning: assert 'is deprecated: it is recyc_jax.' in str(warning), warning\n"
+        "    else: raise AssertionError(name)\n"
+        "warnings.simplefilter('ignore')\n"
+        "from recyc_jax import pretrained; from eval import documents; pretrained.load_params, documents.load\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+EXTRAS = {
+    "recyc_jax": (),
+    "recyc_jax.commands": ("eval", "train"),
+    "eval": ("eval",),
+    "train": ("train", "tensorboard"),
+}
+OPTIONAL = {"eval.peer": {"torch"}, "train.metrics": {"wandb"}}  # commands that say themselves what they lack
+
+
+def test_third_party_modules_are_declared():
+    """What a package imports is in the dependencies of the installation that README names for it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {"": project["dependencies"], **project["optional-dependencies"]}
+
+    def distributions(extra):
+        return {re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-") for requirement in extras[extra]}
+
+    providers = importlib.metadata.packages_distributions()
+    for package, allowed in EXTRAS.items():
+        declared = distributions("") | set().union(*map(distributions, allowed))
+        for name, path in modules(package.replace(".", "/")):
+            if package == "recyc_jax" and name.startswith("recyc_jax.commands"):
+                continue
+            optional = set().union(*(some for of, some in OPTIONAL.items() if name.startswith(of)))
+            for top in imported_tops(path) - set(sys.stdlib_module_names) - {"recyc_jax", "eval", "train"} - optional:
+                provided_by = {one.lower().replace("_", "-") for one in providers.get(top, ())}
+                assert provided_by & declared, f"{name} imports {top}, which {package}'s installation does not bring"
+
+
+def imported_tops(path):
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found

@@ -1,4 +1,4 @@
-"""The training loss and its gradient against the obvious ones."""
+"""The training loss and its gradient against plain JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def arrays(rows, width, seed, dtype=jnp.float32):
 )
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_it_is_cross_entropy(rows, width, z_loss, block, shares, seed):
-    """Whatever the blocks are."""
+    """The loss is cross-entropy for any sizes of blocks."""
     hidden, head, targets, weights = arrays(rows, width, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss, "_BLOCK", block)
@@ -60,7 +60,7 @@ def test_it_is_cross_entropy(rows, width, z_loss, block, shares, seed):
 
 
 def test_sums_over_blocks_are_float32_and_products_16_bit(monkeypatch):
-    """In bfloat16 the head's gradient over 64 blocks is as near as one product's rounding."""
+    """In bfloat16, the head's gradient over 64 blocks is as exact as that of a single product."""
     monkeypatch.setattr(loss, "_BLOCK", 4)
     monkeypatch.setattr(loss, "_LEAST", 4)
     hidden, head, targets, weights = arrays(1, 256, 0, jnp.bfloat16)
@@ -74,5 +74,5 @@ def test_sums_over_blocks_are_float32_and_products_16_bit(monkeypatch):
     products = [
         eqn for eqn in equations(jax.make_jaxpr(mine)(hidden, head).jaxpr) if eqn.primitive.name == "dot_general"
     ]
-    assert len(products) == 4  # logits twice, and the gradients of hidden states and head
+    assert len(products) == 4  # logits twice, and the gradients of hidden states and of the head
     assert {operand.aval.dtype for eqn in products for operand in eqn.invars} == {jnp.bfloat16.dtype}

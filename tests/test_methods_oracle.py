@@ -1,4 +1,4 @@
-"""Every method against its step-by-step reference, token for token and column by column."""
+"""Every method against the numpy oracle: the generated tokens, and the scores of each column."""
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ def model():
 
 
 def recycled(budget, schedule, **options):
-    """The policy, and the options that the reference takes for it."""
+    """The policy, and the oracle's class and options for it."""
     make = rj.FixedStride if "stride" in schedule else rj.QuerySimilarity
     return rj.RecycledAttention(budget, make(**schedule), **options), (
         oracle.Recycled,
@@ -71,7 +71,7 @@ def check(model, policy, reference, prompt, new_tokens=NEW):
     kind, options = reference
     trace = oracle.run(params, config, prompt, kind(config, **options), new_tokens)
     out = rj.generate(params, config, [prompt], policy=policy, max_new_tokens=new_tokens, eos_ids=())
-    # float32 against float64: past a choice closer than 1e-5 either outcome is right
+    # float32 against float64: after a choice with a margin below 1e-5, either outcome is right
     sure = sum(gap > 1e-5 for gap in trace.least_gap)
     assert np.asarray(out.tokens)[0, :sure].tolist() == trace.tokens[:sure]
     if sure == new_tokens:
@@ -83,7 +83,7 @@ def check(model, policy, reference, prompt, new_tokens=NEW):
     return sure, trace
 
 
-# two options at once are run by -m slow; each alone is here
+# cases with two options at once run under -m slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if "," in name else []) for name in CASES]
 )
@@ -94,14 +94,14 @@ def test_a_method_equals_its_reference(model, name):
         prompt = np.random.default_rng(seed).integers(0, 64, 16).tolist()
         here, trace = check(model, policy, reference, prompt)
         sure += here
-    assert sure >= 2 * NEW  # near ties are rare: most of the comparison is left
-    # and the method shows: full attention makes other tokens, or is all that is left of it
+    assert sure >= 2 * NEW  # near ties are rare, so most tokens are compared
+    # the method makes a difference: full attention generates other tokens
     full = oracle.run(*model, prompt, oracle.Full(model[1]), NEW)
     assert trace.tokens != full.tokens
 
 
 def test_some_dynamic_decisions_go_either_way(model):
-    """Else the cases above would say nothing of the schedule."""
+    """Otherwise the dynamic cases above would not test the schedule."""
     steps = []
     for name in (name for name in CASES if name.startswith("dynamic")):
         kind, options = CASES[name][1]

@@ -1,4 +1,4 @@
-"""Policy strings and policies' own checks."""
+"""Policy strings, and the checks of policies' fields."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Loading checkpoints from folders: what is read, and what is said of a damaged one."""
+"""Loading checkpoints from folders, and the errors for damaged ones."""
 
 import json
 
@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import recyc_jax as rj
-from recyc_jax import fetch, pretrained
+from recyc_jax.loading import fetch, pretrained
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -27,7 +27,7 @@ def test_a_folder_loads_whole(tmp_path, shards, options):
 
 
 def test_dtypes(tmp_path):
-    """float32 on CPU unless asked otherwise; stored bfloat16 is read as it is."""
+    """The default on CPU is float32; stored bfloat16 is read unchanged for dtype=bfloat16."""
     params, _ = checkpoints.write_folder(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in load_file(file).items()}, file)
@@ -158,7 +158,7 @@ def test_what_the_hub_refuses_is_named(monkeypatch, error, message):
 
     def refuse(*args, **options):
         kind = getattr(errors, error)
-        raise kind.__new__(kind)  # without the HTTP response that its own constructor asks for
+        raise kind.__new__(kind)  # skips the constructor, which needs an HTTP response
 
     monkeypatch.setattr(fetch, "hub_answers", lambda *args: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)

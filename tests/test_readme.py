@@ -1,8 +1,9 @@
-"""The README: its links lead somewhere, its example runs."""
+"""The README: its links have targets, and its example runs."""
 
 import re
 
 import numpy as np
+import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -15,6 +16,7 @@ def test_links_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
+@pytest.mark.slow  # CI always runs it
 def test_the_example_runs(capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}

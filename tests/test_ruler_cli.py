@@ -1,18 +1,18 @@
-"""`python -m eval.ruler` as users run it: real processes, on a tiny random checkpoint in a folder."""
+"""`python -m eval.ruler` on a tiny random checkpoint in a folder; in processes of its own where signals end it."""
 
+import contextlib
+import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import checkpoints
 import pytest
-from conftest import ROOT
+from conftest import called, send_when
 
-TASKS = "niah_single_1,niah_multiquery,vt"
+TASKS = "niah_single_1,niah_multiquery,niah_multivalue"
+POLICIES = ("full", "recycled:budget=0.125,stride=5", "recycled:budget=4000,stride=50")
 
 
 @pytest.fixture(scope="module")
@@ -24,39 +24,30 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def ruler(run_module, model, tmp_path):
-    return ruler_by(run_module, model, tmp_path)
-
-
-@pytest.fixture
-def refused(call_module, model, tmp_path):
-    """`ruler` for input that ends before there is work."""
-    return ruler_by(call_module, model, tmp_path)
-
-
-def ruler_by(run_module, model, tmp_path):
+def ruler(call_module, model, tmp_path):
     def run(*more, **options):
-        default = dict(model=model, tasks=TASKS, lengths="2000", samples=3, batch_size=2, out=tmp_path / "out")
+        default = dict(model=model, tasks=TASKS, lengths="720", samples=3, batch_size=2, out=tmp_path / "out")
         default["essays"] = model / "essays.txt"
         flags = [
             part for name, value in (default | options).items() if value is not None for part in (f"--{name}", value)
         ]
-        return run_module("eval.ruler", *flags, *more)
+        return call_module("eval.ruler", *flags, *more)
 
     return run
 
 
+def whole_run(model, out):
+    flags = ["--model", model, "--tasks", TASKS, "--lengths", "720", "--samples", 3, "--batch-size", 2]
+    return ["eval.ruler", *flags, "--out", out, "--essays", model / "essays.txt", "--policies", *POLICIES]
+
+
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """One whole run that several tests look at."""
+    """One whole run that several tests look at: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("finished") / "deep" / "out"
-    command = [sys.executable, "-m", "eval.ruler", "--model", model, "--tasks", TASKS, "--lengths", "2000,2100"]
-    command += ["--samples", 3, "--batch-size", 2, "--out", out, "--essays", model / "essays.txt", "--policies"]
-    command += ["full", "recycled:budget=0.125,stride=5", "recycled:budget=4000,stride=50"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return out, done
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert called(*whole_run(model, out)) == 0
+    return out, printed.getvalue()
 
 
 def rows(out):
@@ -64,16 +55,16 @@ def rows(out):
 
 
 def test_a_whole_run(finished):
-    out, done = finished
+    out, printed = finished
     found = rows(out)
-    assert len(found) == 3 * 2 * 3 * 3  # tasks, lengths, samples, policies
+    assert len(found) == 3 * 3 * 3  # tasks, samples, policies
     assert set(found[0]) >= {"policy", "task", "length", "index", "prompt_tokens", "prediction", "references", "score"}
     assert {row["index"] for row in found} == {0, 1, 2}
     for row in found:
         assert row["prompt_tokens"] < row["length"]
         assert "One of the special magic" not in row["prediction"] or row["score"] < 1
     summary = json.loads((out / "summary.json").read_text())
-    assert len(summary) == 3 * 2 * 3
+    assert len(summary) == 3 * 3
     measured = {
         "score",
         "n",
@@ -95,14 +86,16 @@ def test_a_whole_run(finished):
             assert steps > 5
             assert row["effective_stride"] >= 5
     report = (out / "report.md").read_text()
-    assert "| task | `full` | `recycled:budget=0.125,stride=5` | `recycled:budget=4000,stride=50` |" in report
-    assert "`recycled:budget=0.125,stride=5` at 2000: 250 entries a partial step, 0.125 of the length" in report
+    assert "| task | A | B | C |" in report
+    letters = ["- A: `full`", "- B: `recycled:budget=0.125,stride=5`", "- C: `recycled:budget=4000,stride=50`"]
+    assert "\n".join(letters) in report
+    assert "`recycled:budget=0.125,stride=5` at 720: 90 entries a partial step, 0.125 of the length" in report
     assert "- dtype: float32" in report
     assert "3 tasks of 13, 3 samples each" in report
     assert "| `recycled:budget=4000,stride=50` | 0.0 | 0.0 to 0.0 | " in report
     assert all(f"| {name} | " in report for name in (*TASKS.split(","), "mean"))
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    assert "RULER at 2100 tokens" in done.stdout
+    assert "RULER at 720 tokens" in printed
     assert not list(out.glob(".*"))
 
 
@@ -115,57 +108,36 @@ def test_a_budget_above_the_length_predicts_what_full_attention_predicts(finishe
 
 
 def test_dumped_samples_give_the_same_results(ruler, finished, tmp_path):
-    dumped = ruler(lengths="2000,2100", **{"dump-samples": tmp_path / "samples"})
+    dumped = ruler(lengths="720,760", **{"dump-samples": tmp_path / "samples"})
     assert dumped.returncode == 0, dumped.stderr
-    file = tmp_path / "samples/2000/data/vt/validation.jsonl"
+    file = tmp_path / "samples/720/data/niah_multiquery/validation.jsonl"
     first = json.loads(file.read_text().splitlines()[0])
-    assert set(first) == {"index", "input", "outputs", "length", "length_w_model_temp", "answer_prefix"}
-    needle = json.loads((tmp_path / "samples/2000/data/niah_single_1/validation.jsonl").read_text().splitlines()[0])
+    expected = {"index", "input", "outputs", "length", "length_w_model_temp", "answer_prefix"}
+    assert set(first) == expected | {"token_position_answer"}
+    needle = json.loads((tmp_path / "samples/720/data/niah_single_1/validation.jsonl").read_text().splitlines()[0])
     assert 0 < needle["token_position_answer"] < needle["length"]
-    assert first["length"] == first["length_w_model_temp"] <= 2000
-    again = ruler(lengths="2000,2100", policies="full", data=tmp_path / "samples", essays=None)
+    assert first["length"] == first["length_w_model_temp"] <= 720
+    again = ruler(lengths="720,760", policies="full", data=tmp_path / "samples", essays=None)
     assert again.returncode == 0, again.stderr
-    expected = [row for row in rows(finished[0]) if row["policy"] == "full"]
+    found = rows(tmp_path / "out")
+    assert [row["length"] for row in found] == [720] * 9 + [760] * 9
     keys = ["task", "length", "index", "prompt_tokens", "prediction", "references", "score"]
-    assert [[row[key] for key in keys] for row in rows(tmp_path / "out")] == [
-        [row[key] for key in keys] for row in expected
-    ]
+    expected = [[row[key] for key in keys] for row in rows(finished[0]) if row["policy"] == "full"]
+    assert [[row[key] for key in keys] for row in found[:9]] == expected
 
 
-def test_a_killed_run_goes_on_where_it_stopped(finished, model, tmp_path):
-    out = tmp_path / "out"
-    flags = [
-        "--tasks",
-        TASKS,
-        "--lengths",
-        "2000,2100",
-        "--samples",
-        3,
-        "--batch-size",
-        2,
-        "--model",
-        model,
-        "--out",
-        out,
-    ]
-    flags += ["--essays", model / "essays.txt", "--policies"]
-    flags += ["full", "recycled:budget=0.125,stride=5", "recycled:budget=4000,stride=50"]
-    command = [sys.executable, "-m", "eval.ruler", *map(str, flags)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, cwd=ROOT)
-    results = out / "results.jsonl"
-    deadline = time.monotonic() + 240
-    while not (results.exists() and results.read_text().count("\n") >= 10):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+def test_an_interrupted_run_resumes(finished, model, start_module, call_module, tmp_path):
+    """Killed runs, which resume from the same kind of log, are tested with `eval.language_modeling`."""
+    results = tmp_path / "out/results.jsonl"
+    command = whole_run(model, tmp_path / "out")
+    process = start_module(*command)
+    assert send_when(process, lambda: results.exists() and results.stat().st_size, signal.SIGINT) == 130
+    assert "interrupted; the same command resumes from what" in process.communicate()[1]
     before = results.read_text()
-    assert before.count("\n") < 54
-    with results.open("a") as file:  # a line cut short by the kill
+    assert 0 < before.count("\n") < 27
+    with results.open("a") as file:  # a line cut short by a kill
         file.write('{"policy": "full", "task": "v')
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=ROOT)
+    done = call_module(*command)
     assert done.returncode == 0, done.stderr
     assert results.read_text().startswith(before)
 
@@ -173,11 +145,10 @@ def test_a_killed_run_goes_on_where_it_stopped(finished, model, tmp_path):
         return {name: value for name, value in row.items() if name != "seconds"}
 
     key = lambda row: (row["policy"], row["task"], row["length"], row["index"])  # noqa: E731
-    got, expected = (sorted(map(essence, rows(folder)), key=key) for folder in (out, finished[0]))
+    got, expected = (sorted(map(essence, rows(folder)), key=key) for folder in (tmp_path / "out", finished[0]))
     assert got == expected
-    third = subprocess.run(command, capture_output=True, text=True, env=env, check=False, cwd=ROOT)
-    assert third.returncode == 0
-    assert len(rows(out)) == 54
+    assert call_module(*command).returncode == 0  # nothing is left to do
+    assert len(rows(tmp_path / "out")) == 27
 
 
 @pytest.mark.parametrize(
@@ -186,64 +157,28 @@ def test_a_killed_run_goes_on_where_it_stopped(finished, model, tmp_path):
 def test_another_configuration_in_the_folder_is_refused_by_name(ruler, finished, options, name):
     out, _ = finished
     before = (out / "results.jsonl").read_bytes()
-    policies = ["full", "recycled:budget=0.125,stride=5", "recycled:budget=4000,stride=50"]
-    done = ruler("--policies", *policies, out=out, lengths="2000,2100", **options)
+    done = ruler("--policies", *POLICIES, out=out, **options)
     assert done.returncode == 2
     assert f"holds another configuration: {name}" in done.stderr
     assert (out / "results.jsonl").read_bytes() == before
 
 
-def test_an_interrupt_says_how_to_go_on(model, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "eval.ruler",
-        "--model",
-        model,
-        "--tasks",
-        "vt",
-        "--lengths",
-        2000,
-        "--samples",
-        3000,
-    ]
-    command += ["--batch-size", 1, "--out", tmp_path / "out"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env, cwd=ROOT
-    )
-    try:
-        deadline = time.monotonic() + 240
-        while not ((tmp_path / "out/results.jsonl").exists() and (tmp_path / "out/results.jsonl").stat().st_size):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 130
-    assert b"interrupted; the same command goes on with what" in error
-    assert all(row["task"] == "vt" for row in rows(tmp_path / "out"))
-
-
 def test_bad_input_reads_no_weights(ruler, model, tmp_path):
-    """A model without weights: what is wrong with the input is said first, and the folder is not claimed for good."""
+    """With a model without weights, errors in the input are reported first, and the results folder stays usable."""
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").unlink()
     assert "is below the minimum" in ruler(model=broken, lengths="100").stderr
     assert "model.safetensors" in ruler(model=broken).stderr
-    done = ruler(tasks="vt", samples=1)
+    done = ruler(tasks="niah_single_1", samples=1)
     assert done.returncode == 0, done.stderr
 
 
 def test_the_chat_template(ruler, tmp_path):
     done = ruler(template="chat", **{"dump-samples": tmp_path / "samples"})
     assert done.returncode == 0, done.stderr
-    row = json.loads((tmp_path / "samples/2000/data/vt/validation.jsonl").read_text().splitlines()[0])
-    assert row["input"].startswith("<user>Memorize")
+    row = json.loads((tmp_path / "samples/720/data/niah_multiquery/validation.jsonl").read_text().splitlines()[0])
+    assert row["input"].startswith("<user>Some special magic numbers")
     assert row["input"].endswith("<answer>")
     assert row["length_w_model_temp"] > row["length"]
 
@@ -268,8 +203,8 @@ def test_the_chat_template(ruler, tmp_path):
     ],
     ids=str,
 )
-def test_bad_input_ends_with_one_line(refused, options, culprit):
-    done = refused(**options)
+def test_bad_input_ends_with_one_line(ruler, options, culprit):
+    done = ruler(**options)
     assert done.returncode == 2
     assert culprit in done.stderr
     lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -291,11 +226,11 @@ def test_bad_input_ends_with_one_line(refused, options, culprit):
     ],
     ids=range(8),
 )
-def test_malformed_samples_are_named(refused, tmp_path, text, culprit):
-    file = tmp_path / "samples/2000/data/vt/validation.jsonl"
+def test_malformed_samples_are_named(ruler, tmp_path, text, culprit):
+    file = tmp_path / "samples/720/data/niah_multiquery/validation.jsonl"
     file.parent.mkdir(parents=True)
     file.write_bytes(text.encode("utf-8", "surrogateescape"))
-    done = refused(tasks="vt", data=tmp_path / "samples", essays=None)
+    done = ruler(tasks="niah_multiquery", data=tmp_path / "samples", essays=None)
     assert done.returncode == 2
     assert culprit in done.stderr
     assert not (tmp_path / "out").exists()

@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 
-from eval import texts
-from eval.tasks import cwe, fwe, niah, qa, vt
-from eval.tasks.base import Essays, Material, Prompting
-from eval.tasks.registry import TASKS
+from eval.ruler import material as texts
+from eval.ruler.tasks import cwe, fwe, niah, qa, vt
+from eval.ruler.tasks.base import Essays, Material, Prompting
+from eval.ruler.tasks.registry import TASKS
 
 SENTENCES = [f"Sentence number {number} says nothing of note to anyone at all." for number in range(700)]
 ESSAYS = Essays(tuple(" ".join(SENTENCES).split()), lambda text: re.findall(r"[^.]+\.?", text.replace(". ", ".")))
@@ -67,9 +67,9 @@ def test_samples_fit_and_fill(build, name, length):
         assert sample.index == index
         assert sample.length == PLAIN.count(sample.prompt) + task.new_tokens
         assert sample.length <= length
-    if not name.startswith("qa"):  # the test's corpus is small
+    if not name.startswith("qa"):  # the corpus of this test is too small
         assert max(sample.length for sample in samples) > 0.75 * length
-        # a sample that is too long by a token loses a step: 500 words of an essay from 4096 on, few below
+        # a sample that is one token too long shrinks by a step: 500 essay words from 4096 tokens on, few words below
         assert min(sample.length for sample in samples) > (0.7 if length >= 4096 else 0.75) * length
     assert len({sample.prompt for sample in samples}) == 6
 
@@ -91,7 +91,7 @@ def test_a_length_below_the_minimum_is_named(build, name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_tight_length_still_makes_samples(build, name):
-    """Where the reference loops forever."""
+    """For such lengths, the reference loops forever."""
     try:
         build(name, 60).sample(0)
     except ValueError as error:
@@ -129,7 +129,7 @@ def test_niah(build, name):
         values = [[value for key, value in needles if key == wanted] for wanted in keys]
         assert sorted(sample.outputs) == sorted(value for row in values for value in row)
         if kind.num_queries > 1:
-            assert list(sample.outputs) == [row[0] for row in values]  # in the order asked
+            assert list(sample.outputs) == [row[0] for row in values]  # in the order of the question
         for value in sample.outputs:
             if kind.values == "numbers":
                 assert 1000000 <= int(value) <= 9999999
@@ -151,7 +151,7 @@ def test_niah_needles_stand_between_sentences_at_distinct_depths(build):
         context = build("niah_multikey_1").sample(index).input.split("\n")[1]
         *before, after = re.split(r"One of the special magic numbers[^.]*\.", context)
         before = [piece.rstrip() for piece in before]
-        # the text ends in mid-sentence, and a needle may stand at its very end
+        # the text ends in mid-sentence, and a needle may come at its end
         assert all(piece == "" or piece.endswith(".") for piece in before[: None if after.strip() else -1])
         seen[sum(map(len, before[:1])) * 10 // len(context)] += 1
     assert len(seen) > 3  # spread over the text
@@ -177,7 +177,7 @@ def test_vt(build):
         assert f"VAR {shown[0]} = " in example
         assert PLAIN.count(example) <= 500
     others = [build("vt").sample(index).input.split("\n\nMemorize", 1)[0] for index in range(2)]
-    assert others[0] != others[1]  # the example's names are drawn for every sample
+    assert others[0] != others[1]  # every sample draws its own names for the example
 
 
 @pytest.mark.parametrize(("length", "often", "rarely"), [(2048, 6, 1), (4096, 30, 3)])
@@ -233,7 +233,7 @@ def test_qa(build, material):
         assert wanted <= found
         assert len(wanted) == gold
         assert sample.answer_prefix == " Answer:"
-    # unanswerable questions are passed over: the third answerable one is the fourth paragraph's
+    # unanswerable questions are skipped: the third answerable question is that of the fourth paragraph
     assert material.squad.questions[2].text == "What is 0-3?"
     assert material.squad.questions[2].answers == ("thing 3", "a thing")
 
@@ -256,7 +256,7 @@ def test_chat_templates_wrap_the_body_and_the_prefix_comes_after(build):
 
 
 def test_whole_prompts_to_the_letter(build):
-    """Typed from the description of the reference, not from the generators' constants."""
+    """The prompts here were typed from the description of the reference, not copied from the generators."""
     sample = build("niah_single_1").sample(0)
     key = re.search(r"What is the special magic number for (.*) mentioned", sample.input)[1]
     lines = sample.prompt.split("\n")

@@ -1,13 +1,19 @@
-"""The log of results: what it takes back, and what it refuses."""
+"""The log of results: what it reads back, and what it refuses."""
 
 import json
-import os
 
 import pytest
 
-from eval import samples
-from eval.runlog import RunLog
-from eval.tasks.base import Sample
+from eval.ruler import samples
+from eval.ruler.tasks.base import Sample
+from recyc_jax.commands import locks
+from recyc_jax.commands.run_log import RunLog
+
+
+@pytest.fixture(autouse=True)
+def released():
+    yield
+    locks.release()
 
 
 def row(index, prediction="x"):
@@ -22,7 +28,7 @@ def test_rows_come_back_whatever_is_in_them(tmp_path):
     odd = [row(0, "line\u2028separator"), row(1, "next\x85line"), row(2, "new\nline")]
     log = open_log(tmp_path, seed=1)
     log.append(odd)
-    os.close(log._lock)
+    locks.release()
     again = open_log(tmp_path, seed=1)
     assert again.rows == odd
     assert ("vt", 1) in again
@@ -30,18 +36,19 @@ def test_rows_come_back_whatever_is_in_them(tmp_path):
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
-    log = open_log(tmp_path)
+    open_log(tmp_path)
     with pytest.raises(ValueError, match="another run is writing there"):
         open_log(tmp_path)
-    os.close(log._lock)
+    locks.release()
     open_log(tmp_path)
 
 
 def test_a_folder_without_rows_takes_any_configuration(tmp_path):
-    os.close(open_log(tmp_path, seed=1)._lock)
+    open_log(tmp_path, seed=1)
+    locks.release()
     log = open_log(tmp_path, seed=2)
     log.append([row(0)])
-    os.close(log._lock)
+    locks.release()
     with pytest.raises(ValueError, match="seed was 2 and is 1 now"):
         open_log(tmp_path, seed=1)
 
@@ -50,7 +57,7 @@ def test_a_folder_without_rows_takes_any_configuration(tmp_path):
 def test_a_line_that_is_no_result_is_named(tmp_path, line):
     log = open_log(tmp_path)
     log.append([row(0)])
-    os.close(log._lock)
+    locks.release()
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"results\.jsonl:2 is no result"):
@@ -61,7 +68,7 @@ def test_a_line_that_is_no_result_is_named(tmp_path, line):
 def test_a_damaged_configuration_is_named(tmp_path, content):
     log = open_log(tmp_path)
     log.append([row(0)])
-    os.close(log._lock)
+    locks.release()
     if content is None:
         (tmp_path / "config.json").unlink()
     else:

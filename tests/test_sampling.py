@@ -7,6 +7,8 @@ import pytest
 
 import recyc_jax as rj
 
+LAYERS = 1  # laws of the loop, not of layers
+
 LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
 DRAWS = 20_000
 
@@ -27,7 +29,7 @@ def frequencies(sampler):
         (rj.Sample(top_p=0.8), np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85),
         (rj.Sample(top_p=0.01), [1, 0, 0, 0, 0]),
         (rj.Sample(top_p=1.0), [0.4, 0.3, 0.15, 0.1, 0.05]),
-        (rj.Sample(top_k=4, top_p=0.75), np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85),  # top_p of what top_k left: 0.7125
+        (rj.Sample(top_k=4, top_p=0.75), np.array([0.4, 0.3, 0.15, 0, 0]) / 0.85),  # 0.75 * 0.95 = 0.7125 of the mass
     ],
 )
 def test_draws_follow_the_distribution(sampler, expected):
@@ -47,7 +49,7 @@ def test_bad_options_are_named(options):
 
 
 def test_rows_draw_alone(params, config):
-    """A row's draws depend on its key and step, not on its neighbours; one key gives every row its own."""
+    """A row's draws depend on its key and step, not on its neighbours; from one key, every row gets its own key."""
     run = dict(max_new_tokens=12, sampling=rj.Sample(temperature=2.0), eos_ids=())
     prompts = [[4, 5, 6]] * 3
     key = jax.random.key(7)

@@ -1,10 +1,10 @@
-"""Scores as the reference computes them, and their summary."""
+"""Scores as NVIDIA/RULER computes them, and their summary."""
 
 import math
 
 import pytest
 
-from eval import report, scoring
+from eval.ruler import report, scoring
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_mean_and_error():
 def test_paired():
     gap, error = scoring.paired([1.0, 0.5, 0.0, 1.0], [1.0, 1.0, 0.0, 1.0])
     assert gap == pytest.approx(-12.5)
-    assert error == pytest.approx(12.5)  # of the differences, not of the two means
+    assert error == pytest.approx(12.5)  # the error of the differences, not of the two means
     assert scoring.mean_of_tasks([(50.0, 3.0), (70.0, 4.0)]) == (60.0, 2.5)
 
 
@@ -61,7 +61,7 @@ def test_summary():
             ("other", 0, "b", 0.0, 1.5),
         )
     ]
-    second, first = report.summarise(rows[::-1], ["other", "full"])  # in the policies' order, whatever the rows'
+    second, first = report.summarise(rows[::-1], ["other", "full"])  # in the order of the policies, not of the rows
     assert first == dict(
         policy="full",
         task="vt",
@@ -77,5 +77,5 @@ def test_summary():
         seconds=1.0,
     )
     assert second["stderr"] is None
-    assert second["difference"] == -100.0  # from the sample that both have
+    assert second["difference"] == -100.0  # from the only sample that both policies have
     assert second["effective_stride"] == 6.0

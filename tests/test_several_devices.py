@@ -1,22 +1,23 @@
-"""Several devices and several hosts do what one does: the law, on devices that a CPU plays."""
+"""Several devices and several hosts give the same results as one; the devices are simulated on a CPU."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
 
 import pytest
 from checkpoints import write_folder
+from conftest import environment
 
-from eval import backend
 from recyc_jax import LlamaConfig
+from recyc_jax.commands import backends
 
 SAME = """
 import sys
 import jax, numpy as np
 import recyc_jax as rj
-from recyc_jax import pretrained, sharding
+from recyc_jax import sharding
+from recyc_jax.loading import pretrained
 from pathlib import Path
 
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -41,11 +42,10 @@ with jax.set_mesh(sharding.mesh(2, 1, 2)) as mesh:
 
 def test_four_devices_are_one(tmp_path):
     write_folder(tmp_path / "model")
-    policies = ["full", "recycled:budget=8,stride=4", "recycled:budget=8,check_every=3,threshold=0.5", "h2o:budget=8"]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    policies = ["recycled:budget=8,check_every=3,threshold=0.5", "h2o:budget=8"]
     ran = subprocess.run(
         [sys.executable, "-c", SAME, str(tmp_path / "model"), *policies],
-        env=os.environ | flags,
+        env=environment("--xla_force_host_platform_device_count=4"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -53,34 +53,31 @@ def test_four_devices_are_one(tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
 
 
-def test_two_hosts_write_one_result(tmp_path):
-    """Real processes that find each other by the environment; the folder is the first one's alone."""
-    write_folder(tmp_path / "model")
-
-    def start(out, **env):
-        command = ["eval.ruler", "--model", tmp_path / "model", "--tasks", "niah_single_1", "--lengths", "1024"]
-        command += ["--samples", "3", "--batch-size", "2", "--out", out, "--backend", "cpu", "--policies"]
-        command += ["full", "recycled:budget=0.25,stride=10"]
-        return subprocess.Popen(
-            [sys.executable, "-m", *map(str, command)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
+def on_two_hosts():
+    """The environment of processes that find each other on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    # the second one is told a folder of its own, and must not touch it
-    runs = [start(tmp_path / f"out{number}", **many, JAX_PROCESS_ID=str(number)) for number in range(2)]
-    said = [run.communicate(timeout=300) for run in runs]
+    many = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return many | {"JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+
+
+def test_two_hosts_write_one_result(start_module, call_module, tmp_path):
+    """Real processes find each other through the environment; only the first one writes to its folder."""
+    write_folder(tmp_path / "model")
+
+    def command(out):
+        arguments = ["eval.ruler", "--model", tmp_path / "model", "--tasks", "niah_single_1", "--lengths", "720"]
+        arguments += ["--samples", "3", "--batch-size", "2", "--out", tmp_path / out, "--backend", "cpu", "--policies"]
+        return [*arguments, "full", "recycled:budget=0.25,stride=10"]
+
+    # the second process gets a different --out, and must not touch it
+    env = on_two_hosts()
+    runs = [start_module(*command(f"out{number}"), env=env | {"JAX_PROCESS_ID": str(number)}) for number in range(2)]
+    said = [run.communicate(timeout=300)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
     assert not (tmp_path / "out1").exists()
-    alone = start(tmp_path / "alone")
-    alone.communicate(timeout=300)
-    assert alone.returncode == 0
+    assert call_module(*command("alone")).returncode == 0
 
     def rows(folder):
         found = [json.loads(line) for line in (tmp_path / folder / "results.jsonl").read_text().splitlines()]
@@ -88,15 +85,32 @@ def test_two_hosts_write_one_result(tmp_path):
 
     assert rows("out0") == rows("alone")
     assert len(rows("alone")) == 6
-    # a fault that only the first process can see ends both, with one line each
-    (tmp_path / "out0" / "results.jsonl").write_text("{}\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        many["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{free.getsockname()[1]}"
-    runs = [start(tmp_path / f"out{number}", **many, JAX_PROCESS_ID=str(number)) for number in range(2)]
-    said = [run.communicate(timeout=300)[1] for run in runs]
-    assert [run.returncode for run in runs] == [2, 2], said
-    assert all("results.jsonl:1 is no result" in text for text in said)
+
+
+TELL = """
+from recyc_jax.commands import hosts
+
+hosts.join()
+print(hosts.from_first(lambda: "hello"))
+
+def fail():
+    raise ValueError("seen by the first process only")
+
+try:
+    hosts.from_first(fail)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_all_hosts_learn_what_the_first_returns_or_raises():
+    """So a bad line in results.jsonl, which only the first process reads, ends every process with one line."""
+    env = environment() | on_two_hosts()
+    command = [sys.executable, "-c", TELL]
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(number)}, **pipes) for number in range(2)]
+    said = [run.communicate(timeout=120)[0].splitlines()[-2:] for run in runs]
+    assert said == [["hello", "seen by the first process only"]] * 2
 
 
 def test_a_lone_address_is_an_error(run_module):
@@ -108,5 +122,5 @@ def test_a_lone_address_is_an_error(run_module):
 
 def test_a_share_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="--tensor 2 does not divide the 1 devices"):
-        backend.mesh(2, LlamaConfig.tiny())
-    assert backend.mesh(0, LlamaConfig.tiny()) is None
+        backends.mesh(2, LlamaConfig.tiny())
+    assert backends.mesh(0, LlamaConfig.tiny()) is None

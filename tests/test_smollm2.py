@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from eval import ruler, scoring, texts
-from eval.tasks.base import Material
-from eval.tasks.registry import TASKS
-from recyc_jax import pretrained
+from eval.ruler import cells, material, scoring
+from eval.ruler.tasks.base import Material
+from eval.ruler.tasks.registry import TASKS
+from recyc_jax.loading import pretrained
 
 PROSE = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife. "
@@ -47,11 +47,11 @@ def ours(lm, ids, count, policy):
     return np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
 
 
+@pytest.mark.slow
 def test_it_finds_the_needle(lm):
     ids = lm.tokenizer(PROSE)["input_ids"]
-    for policy in (rj.FullAttention(), rj.RecycledAttention(64, rj.FixedStride(4))):
-        made = lm.tokenizer.decode(ours(lm, ids, 12, policy))
-        assert scoring.score(made, ["4217350"], "all") == 1, made
+    made = lm.tokenizer.decode(ours(lm, ids, 12, rj.RecycledAttention(64, rj.FixedStride(4))))
+    assert scoring.score(made, ["4217350"], "all") == 1, made
 
 
 def test_logits_and_greedy_tokens_equal_hugging_faces(lm, hf):
@@ -64,7 +64,7 @@ def test_logits_and_greedy_tokens_equal_hugging_faces(lm, hf):
 
 
 def same_up_to_a_tie(logits, ids, got, expected):
-    """Equal tokens, or a first difference where Hugging Face's two candidates are within float32's noise."""
+    """Whether the tokens are equal, or first differ where Hugging Face's logits are a near tie in float32."""
     if got == expected:
         return True
     at = next((at for at, pair in enumerate(zip(got, expected, strict=False)) if pair[0] != pair[1]), None)
@@ -77,10 +77,10 @@ def same_up_to_a_tie(logits, ids, got, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in TASKS if not name.startswith("qa")])
 def test_ruler_predictions_equal_hugging_faces(lm, hf, name):
-    """The same samples, as token ids, at 1024 tokens under full attention."""
+    """Predictions for the same token ids, at 1024 tokens under full attention."""
     predict, logits = hf
-    material = Material(texts.words(), texts.essays(None)[0])
-    task = TASKS[name](name, material, ruler._prompting(lm.tokenizer, "base"), 1024, 42)
+    drawn_on = Material(material.words(), material.essays(None)[0])
+    task = TASKS[name](name, drawn_on, cells.prompting(lm.tokenizer, "base"), 1024, 42)
     for index in range(2):
         ids = lm.tokenizer(task.sample(index).prompt)["input_ids"]
         expected = predict(ids, task.new_tokens)

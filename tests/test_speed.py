@@ -1,4 +1,4 @@
-"""What a step must read, and the command that estimates and measures it."""
+"""What a step must read, and the commands that estimate and measure its time."""
 
 import json
 
@@ -8,7 +8,9 @@ import pytest
 from checkpoints import write_folder
 
 import recyc_jax as rj
-from eval import measuring, roofline, waterfall
+from eval.speed import roofline
+from eval.waterfall.__main__ import bytes_read
+from recyc_jax.commands import measuring
 from recyc_jax.shapes import SHAPES
 
 SET = rj.RecycledAttention(4096, rj.FixedStride(10))
@@ -32,7 +34,7 @@ def test_cache_is_what_prefill_makes():
 
 @pytest.mark.parametrize(
     ("batch", "length", "kind", "stride", "measured"),
-    [  # ms, the best that prototype kernels have reached on an H100 (docs/results/estimate.md)
+    [  # ms, the best that prototype kernels reached on an H100 (docs/results/estimate.md)
         (1, 131072, "partial", 10, 5.77),
         (1, 131072, "full", 10, 11.58),
         (1, 131072, "refresh", 10, 13.25),
@@ -120,11 +122,11 @@ def test_a_waterfall_needs_a_gpu(call_module):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_read_what_a_step_must_read(name):
-    """Taken together, but for norms: `eval.waterfall` and `eval.speed` count the same bytes."""
+    """Except for norms, `eval.waterfall` counts the same bytes over all kernels as `eval.speed` for a step."""
     shape, policy = SHAPES[name], rj.SnapKV(4096)
 
     def read(*kernels):
-        return sum(waterfall._bytes(kernel, shape, policy, 3, 8192, 2) for kernel in kernels)
+        return sum(bytes_read(kernel, shape, policy, 3, 8192, 2) for kernel in kernels)
 
     sizes = (shape.num_attention_heads * shape.head_dim, f"{shape.intermediate_size}__1")
     products = ("heads_projections__2", "gated_projections", *(f"added_projection_{size}" for size in sizes))
@@ -133,7 +135,7 @@ def test_kernels_read_what_a_step_must_read(name):
     norms = 2 * shape.hidden_size * (2 * shape.num_hidden_layers + 1)
     assert found + norms == roofline.estimate(shape, policy, 3, 8192).partial.bytes
     assert read("full_attention") == 2 * read("recycled_attention")
-    assert all(waterfall._bytes(other, shape, policy, 3, 8192, 2) is None for other in ("norm", "gemm_fusion_dot_6"))
+    assert all(bytes_read(other, shape, policy, 3, 8192, 2) is None for other in ("norm", "gemm_fusion_dot_6"))
 
 
 def test_the_peer(call_module, tmp_path):
@@ -160,7 +162,7 @@ def test_the_peer(call_module, tmp_path):
 
 
 def test_a_filled_state_is_decoded_as_a_prefilled_one_is(params, config):
-    """Filled caches have the shapes that prefill makes, so both are one compiled program."""
+    """Filled states have the shapes of prefilled ones, so both run the same compiled program."""
     policy = rj.RecycledAttention(6, rj.FixedStride(3))
     filled = measuring.filled(config, params, policy, 2, 40, 9, None)
     real = rj.prefill(params, config, jnp.ones((2, 31), jnp.int32), policies=(policy,), max_new_tokens=9)

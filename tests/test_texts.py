@@ -1,4 +1,4 @@
-"""Where texts come from: local files, the hub's layout, packages; and what is said where there is none."""
+"""Sources of texts: local files, the hub's layout, packages; and the errors if there is none."""
 
 import json
 import struct
@@ -7,8 +7,9 @@ import zlib
 import datasets
 import pytest
 
-from eval import texts
-from eval.tasks import qa
+from eval.ruler import material
+from eval.ruler.tasks import qa
+from recyc_jax.commands import novels
 
 
 def r_record(strings):
@@ -23,21 +24,21 @@ def r_record(strings):
 def test_novels(tmp_path):
     file = tmp_path / "Rdata.rdb"
     file.write_bytes(r_record(["EMMA", "", "“Quoted”"]) + r_record(["Second novel"]))
-    assert list(texts.novels(file)) == ["EMMA\n\n“Quoted”", "Second novel"]
+    assert list(novels.texts(file)) == ["EMMA\n\n“Quoted”", "Second novel"]
     file.write_bytes(b"\0\0\0\0nonsense")
     with pytest.raises(ValueError, match=r"Rdata\.rdb: not an R database"):
-        list(texts.novels(file))
+        list(novels.texts(file))
 
 
 def test_essays_from_files(tmp_path):
     plain, official = tmp_path / "essays.txt", tmp_path / "PaulGrahamEssays.json"
     plain.write_text("One two. Three\nfour.")
     official.write_text(json.dumps({"text": "Five six."}))
-    essays, source = texts.essays(str(plain))
+    essays, source = material.essays(str(plain))
     assert essays.words == ("One", "two.", "Three", "four.")
     assert source.startswith("essays.txt, SHA-256 ")
     assert essays.sentences("Mr. Knightley spoke. Emma did not.") == ["Mr. Knightley spoke.", "Emma did not."]
-    assert texts.essays(str(official))[0].words == ("Five", "six.")
+    assert material.essays(str(official))[0].words == ("Five", "six.")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_bad_essays_are_named(tmp_path, content, message):
     if content is not None:
         file.write_text(content)
     with pytest.raises(ValueError, match=rf"--essays .*essays\.json.*{message}"):
-        texts.essays(str(file))
+        material.essays(str(file))
 
 
 def test_without_any_essays_a_line_says_how_to_provide_them(monkeypatch, tmp_path):
@@ -63,7 +64,7 @@ def test_without_any_essays_a_line_says_how_to_provide_them(monkeypatch, tmp_pat
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"no essays .* needs apt-get, .*; pass --essays PATH"):
-        texts.essays(None)
+        material.essays(None)
 
 
 def test_the_hubs_squad_is_the_official_one():
@@ -75,7 +76,7 @@ def test_the_hubs_squad_is_the_official_one():
             dict(title="B", context="c3", question="q4", answers=dict(text=["w"], answer_start=[0])),
         ]
     )
-    questions = qa.read_squad(texts.squad_file(rows))
+    questions = qa.read_squad(material.squad_file(rows))
     assert questions.documents == ("c1", "c2", "c3")
     assert [question.text for question in questions.questions] == ["q1", "q3", "q4"]
     assert questions.questions[0] == qa.Question("q1", ("x", "y"), (0,), (1,))
@@ -84,7 +85,7 @@ def test_the_hubs_squad_is_the_official_one():
 def test_the_hubs_hotpot_is_the_official_one():
     context = dict(title=["T1", "T2"], sentences=[["a.", " b."], ["c."]])
     rows = datasets.Dataset.from_list([dict(question="q", answer="yes", context=context)])
-    questions = qa.read_hotpot(texts.hotpot_file(rows))
+    questions = qa.read_hotpot(material.hotpot_file(rows))
     assert questions.documents == ("T1\na. b.", "T2\nc.")
     assert questions.questions == (qa.Question("q", ("yes",), (0, 1), ()),)
 
@@ -94,4 +95,4 @@ def test_bad_question_files_are_named(tmp_path, content):
     file = tmp_path / "dev.json"
     file.write_text(content)
     with pytest.raises(ValueError, match=r"--qa-squad .*dev\.json: "):
-        texts.squad(str(file))
+        material.squad(str(file))

@@ -1,4 +1,4 @@
-"""`python -m train.report`: what it says of runs, by hand."""
+"""`python -m train.report`: its tables against numbers computed by hand."""
 
 import json
 
@@ -8,7 +8,7 @@ from train import report
 
 
 def run(folder, name, steps):
-    """A run whose windows lose what `steps` says: {step: {policy: losses}}."""
+    """The folder of a run whose windows have the losses `steps`: {step: {policy: losses}}."""
     (folder / name).mkdir()
     rows = [{"kind": "train", "step": 1}]
     for step, policies in steps.items():
@@ -25,14 +25,14 @@ def test_changes_and_distances_are_paired(tmp_path):
     after = {"full": [1.0, 3.0], "snapkv:budget=8": [1.1, 3.3]}
     mine = run(tmp_path, "mine", {0: before, 4: between, 9: after})
     rows = (mine / "metrics.jsonl").read_text()
-    (mine / "metrics.jsonl").write_text(rows + rows.splitlines()[-1])  # one that was measured again
+    (mine / "metrics.jsonl").write_text(rows + rows.splitlines()[-1])  # one domain was measured again
     text = report.tables([mine])
     assert "The last 8 of 64 tokens:" in text
     heading, rule, full, snapkv = text.splitlines()[-4:]
     assert heading.endswith("| above full before | after |")
     assert {line.count("|") for line in (heading, rule, full, snapkv)} == {8}
     assert full == "| mine | `full` | 7.389 | 7.389 | +0.0000 ± 0.0000 | - | - |"
-    # exp(2.5), exp(2.2); -0.4 and -0.2; 0.5 and 0.5; 0.1 and 0.3
+    # exp(2.5), exp(2.2); mean of -0.4 and -0.2; of 0.5 and 0.5; of 0.1 and 0.3
     assert snapkv == (
         "| mine | `snapkv:budget=8` | 12.182 | 9.025 | -0.3000 ± 0.1000 | +0.5000 ± 0.0000 | +0.2000 ± 0.1000 |"
     )

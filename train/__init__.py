@@ -1,1 +1,1 @@
-"""Continued pretraining with recycled attention active."""
+"""Continued pretraining with recycled attention active: `python -m train.continued_pretrain`."""

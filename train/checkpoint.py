@@ -1,9 +1,8 @@
-"""Checkpoints that are checked: what was saved is what comes back, or the one before it does.
+"""Checkpoints that are verified on reading: a damaged one is reported, and the one before it is restored.
 
-Orbax keeps the files (asynchronously, each step in a folder that appears whole). Beside the state lies a card: what made
-it, where the data stood, and a fingerprint of every leaf, which is compared after reading: orbax restores flipped bits
-and changed dtypes without a word.
-"""
+Orbax writes the files (asynchronously, each step to a folder that appears atomically). Each checkpoint also holds a
+card: the run's settings, the position in the data, and a fingerprint of every leaf. Fingerprints are compared after
+reading, because orbax restores flipped bits and changed dtypes without an error."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-Card = dict[str, Any]
+from train.card import Card
 
 _DAMAGED = "damaged"
 
@@ -32,7 +31,7 @@ class Restored(NamedTuple):
 
 
 class NoUsableCheckpointError(ValueError):
-    """There are checkpoints, and none can be read whole."""
+    """There are checkpoints, but none of them can be read completely."""
 
 
 class Checkpoints:
@@ -53,7 +52,8 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, card: Mapping[str, Any]) -> bool:
-        """Begin to save; False, and nothing is written, where the state holds numbers that are not finite."""
+        """Start saving `state` in the background. Returns False and writes nothing if the state holds numbers that are
+        not finite."""
         prints, finite = fingerprints(state)
         if not finite:
             return False
@@ -66,32 +66,31 @@ class Checkpoints:
         return True
 
     def wait(self) -> None:
-        """Until everything that was begun is on disk."""
+        """Wait until every save that was started is on disk."""
         self._manager.wait_until_finished()
 
     def latest_card(self) -> Card | None:
-        """The card of the latest checkpoint whose card can be read."""
+        """The card of the latest checkpoint whose card can be read; None if there is none."""
         args = self._ocp.args
         for step in reversed(self.steps()):
-            with contextlib.suppress(Exception):  # a damaged one: `restore` finds that out, and says so
+            with contextlib.suppress(Exception):  # `restore` reports damaged checkpoints
                 return dict(self._manager.restore(step, args=args.Composite(card=args.JsonRestore()))["card"])
         return None
 
     def restore(self, like: Any) -> Restored | None:
-        """The latest checkpoint that reads back as it was saved, laid out as `like` (shapes with shardings); None where
-        there is none at all.
+        """The latest checkpoint that reads back as it was saved, with the shapes and shardings of `like`; None if there
+        are no checkpoints.
 
-        Damaged ones are reported, passed over for the one before, and then moved to `damaged/`. Raises
-        NoUsableCheckpointError, and leaves all where they are, where none is left: that is for a person to decide, not to
-        begin anew. Lack of memory or permission is no damage, and is raised as it is.
-        """
+        Damaged checkpoints are reported, skipped in favour of the one before, and moved to `damaged/` once an intact
+        one is found. If none is intact, raises NoUsableCheckpointError and moves nothing: starting over is for a person
+        to decide. Errors for lack of memory or permission are no sign of damage and are raised unchanged."""
         steps, damaged = self.steps(), []
         for step in reversed(steps):
             try:
                 found = self._read(step, like)
             except (MemoryError, PermissionError):
                 raise
-            except Exception as error:  # whatever a damaged file makes orbax raise
+            except Exception as error:  # orbax raises many types for damaged files
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 self._report(step, error)
@@ -128,7 +127,7 @@ class Checkpoints:
         )
 
     def _set_aside(self, steps: list[int]) -> None:
-        """Make room for these steps to be saved again."""
+        """Move the checkpoints of these steps to `damaged/`, so that the steps can be saved again."""
         self._manager.close()
         if jax.process_index() == 0:
             (self._folder / _DAMAGED).mkdir(exist_ok=True)
@@ -149,10 +148,11 @@ class Checkpoints:
 
 
 def fingerprints(tree: Any) -> tuple[dict[str, str], bool]:
-    """A checksum of each leaf by its path, with dtype and shape, and whether all numbers are finite.
+    """By path, each leaf's dtype, shape and checksum; and whether all numbers are finite.
 
-    Computed where the leaf lies and the same however it is sharded: the bits of each element, weighed by an odd number
-    made from its place, summed as whole numbers modulo 2**32. Any one changed element changes it.
+    Checksums are computed on the leaf's devices and do not depend on its sharding: the bits of each element are
+    multiplied by an odd number derived from the element's index and summed modulo 2**32. Changing any one element
+    changes the checksum.
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     sums = jax.device_get([_checksum(leaf) for _, leaf in leaves])
@@ -162,7 +162,7 @@ def fingerprints(tree: Any) -> tuple[dict[str, str], bool]:
 
 
 def shapes_of(tree: Any) -> dict[str, str]:
-    """Each leaf's dtype and shape by its path, as a fingerprint begins."""
+    """By path, each leaf's dtype and shape in the form that its fingerprint starts with."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}:" for path, leaf in leaves}
 

@@ -1,8 +1,8 @@
-"""Training rows: documents as tokens on disk, cut into rows, in an order that can be taken up again at any row.
+"""Training rows: tokenized documents on disk, cut into rows, in an order that can be resumed at any row.
 
-Documents are held out for evaluation whole. Rows are windows of one document, or, packed, everything end to end with the
-documents told apart. Order, epochs and batches are grain's: its iterator state is a number, exact whatever was read ahead.
-"""
+Whole documents are held out for evaluation. A row is a window of one document, or, if packed, a piece of all documents
+laid end to end, with segment numbers. Grain does the shuffling, epochs and batches: its iterator state is a number
+that stays exact however far grain has read ahead."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from eval.documents import Domain
+from recyc_jax.commands.documents import Domain
 
 Tokens = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Documents as tokens, one after the other."""
+    """Tokenized documents, one after the other."""
 
-    tokens: Tokens  # uint32 [all]
-    bounds: Tokens  # int64 [documents + 1]: where each begins, and the end
+    tokens: Tokens  # uint32 [all tokens]
+    bounds: Tokens  # int64 [documents + 1]: the start of each document, and the end of the last
     domains: tuple[str, ...]  # of each document
     names: tuple[str, ...]
     fingerprint: str
@@ -41,7 +41,8 @@ class Corpus:
 
 
 def tokenize(domains: Sequence[Domain], tokenizer: Any, cache: Path) -> Corpus:
-    """The domains' documents as tokens, kept in the folder `cache` for the next start."""
+    """The domains' documents, tokenized; the tokens are stored in the folder `cache` and read from there the next time.
+    Raises ValueError if the stored file is truncated."""
     from rich.progress import track
 
     documents = [(domain.name, document) for domain in domains for document in domain.documents]
@@ -51,7 +52,7 @@ def tokenize(domains: Sequence[Domain], tokenizer: Any, cache: Path) -> Corpus:
         digest.update(document.text.encode())
     fingerprint = digest.hexdigest()[:16]
     file, bounds_file = cache / f"tokens-{fingerprint}.bin", cache / f"tokens-{fingerprint}.json"
-    if not bounds_file.is_file():  # written last
+    if not bounds_file.is_file():  # written last: its presence means that both files are complete
         cache.mkdir(parents=True, exist_ok=True)
         bounds = [0]
         draft = file.with_suffix(f".{os.getpid()}.tmp")
@@ -74,9 +75,9 @@ def tokenize(domains: Sequence[Domain], tokenizer: Any, cache: Path) -> Corpus:
 
 
 def hold_out(corpus: Corpus, share: float, least: int, seed: int) -> tuple[list[int], list[int]]:
-    """The documents to train on, and those held out: of each domain whole documents of at least `least` tokens, in
-    random order, until `share` of its tokens is reached. Raises ValueError where a domain has too few that are that
-    long."""
+    """The documents to train on, and those held out: from each domain, whole documents of at least `least` tokens, in
+    random order, until they hold `share` of its tokens or one document is left to train on. Raises ValueError for a
+    domain with fewer than two documents or none of that length."""
     if share == 0:
         return list(range(len(corpus.names))), []
     held: list[int] = []
@@ -99,7 +100,7 @@ def hold_out(corpus: Corpus, share: float, least: int, seed: int) -> tuple[list[
 
 
 class Windows:
-    """Rows of `length` tokens, each from one document; what is left of a document at its end is passed over."""
+    """Rows of `length` tokens, each from one document; a shorter rest at the end of a document is dropped."""
 
     def __init__(self, corpus: Corpus, documents: Sequence[int], length: int) -> None:
         self._tokens, self._length = corpus.tokens, length
@@ -118,8 +119,8 @@ class Windows:
 
 
 class Packed:
-    """Rows of `length` tokens cut from all documents laid end to end in random order; `segments` numbers the documents of
-    a row. The last row's rest is passed over."""
+    """Rows of `length` tokens cut from all documents laid end to end in random order; `segments` numbers the documents
+    of each row from 1. The tokens after the last whole row are dropped."""
 
     def __init__(self, corpus: Corpus, documents: Sequence[int], length: int, seed: int) -> None:
         order = list(documents)
@@ -151,8 +152,8 @@ class Packed:
 
 
 def batches(rows: Any, batch_size: int, seed: int) -> Any:
-    """An endless grain iterator over batches of rows: each epoch in another random order, epochs end to end, so that
-    every row is taken once an epoch. `get_state` and `set_state` are exact."""
+    """An endless grain iterator over batches of rows. Each epoch takes every row once, in a new random order; a batch
+    may span two epochs. `get_state` and `set_state` are exact."""
     import grain
 
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat(None)

@@ -1,7 +1,8 @@
-"""The decoder over whole sequences, as training runs it: layers stacked and scanned, recomputed for the gradient.
+"""The decoder over whole sequences, for training: a scan over stacked layers, which are rematerialised.
 
-Training holds the parameters with all layers' leaves stacked into one, [L, ...]: one layer is compiled instead of L.
-`stack_layers` and `unstack_layers` go between this and the form that decoding and checkpoints of others use.
+Training stacks the parameters of all L layers into leaves [L, ...], so that one layer is compiled instead of L.
+`stack_layers` and `unstack_layers` convert between this form and one subtree per layer, which decoding and Hugging Face
+checkpoints use.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from recyc_jax import model, rope
-from recyc_jax.attention.training import Attention, keeps
+from recyc_jax.attention.whole_sequence import Attention, keeps_attention
 from recyc_jax.config import LlamaConfig
-from recyc_jax.model import Params, Project
-from recyc_jax.projections import Stream
+from recyc_jax.model import Heads, Params
 from train import loss
 
 Remat = Literal["full", "dots", "none"]
-"""What is computed again for a layer's gradient: all but its attention, all but its matrix products too, or nothing."""
+"""What the backward pass recomputes of a layer. full: everything except attention. dots: everything except attention
+and matrix products. none: nothing."""
 
 
 def stack_layers(params: Params, layers: int) -> Params:
-    """The parameters with `layers_0`, `layers_1`, ... as one subtree `layers` of leaves [L, ...]."""
+    """The parameters with the subtrees `layers_0`, `layers_1`, ... stacked into one subtree `layers` of leaves
+    [L, ...]; `layers` is L."""
     others = {name: leaf for name, leaf in params.items() if not name.startswith("layers_")}
     by_layer = [params[f"layers_{layer}"] for layer in range(layers)]
     return others | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *by_layer)}
@@ -52,10 +54,11 @@ def token_losses(
     shares: int = 1,
     place: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "B T_minus_1"]:
-    """For each token but the last the negative log-probability of the one after it, in nats, float32.
+    """For each token except the last, the negative log-probability of the next token, in nats, float32.
 
-    `params` are stacked. `segments` tells the documents of a row apart: positions begin anew with each. `z_loss` and
-    `shares` are `loss.token_losses`'s. `place` may constrain where hidden states [B, T, D] lie.
+    `params` are stacked (`stack_layers`). `segments` numbers the documents of a row; positions restart at 0 in each
+    document. `z_loss` and `shares` are passed to `loss.token_losses`. `place` may constrain the sharding of the hidden
+    states [B, T, D].
     """
     hidden = _hidden_states(params, config, tokens, segments, attention, remat, place)[:, :-1]
     return loss.token_losses(hidden, model.output_embedding(params, config), tokens[:, 1:], z_loss, shares)
@@ -72,27 +75,29 @@ def _hidden_states(
 ) -> Float[Array, "B T D"]:
     x = place(jnp.take(params["embedding"], tokens, axis=0))
     cos, sin = rope.angles(config, _positions(tokens, segments))
-    block = model.Block(config, 0)
+    decoder_layer = model.DecoderLayer(config, 0)
 
-    def attend(layer: int, project: Project, state: Any) -> tuple[Array, Any]:
-        heads = project()
+    def attend(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
         return attention(heads.q, heads.k, heads.v, segments), state
 
     def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
-        out: Any = block.apply({"params": layer_params}, Stream(x), cos, sin, attend, None)
-        return place(out[0].x), None
+        out: Any = decoder_layer.apply({"params": layer_params}, x, cos, sin, attend, None)
+        return place(out[0]), None
 
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    policies = {"full": keeps, "dots": jax.checkpoint_policies.save_from_both_policies(keeps, dots)}
+    remat_policies = {
+        "full": keeps_attention,
+        "dots": jax.checkpoint_policies.save_from_both_policies(keeps_attention, dots),
+    }
     if remat != "none":
-        layer = jax.checkpoint(layer, policy=policies[remat], prevent_cse=False)  # a scan is boundary enough
+        layer = jax.checkpoint(layer, policy=remat_policies[remat], prevent_cse=False)  # not needed within a scan
     x, _ = lax.scan(layer, x, params["layers"])
-    norm: Any = model.RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
-    return norm
+    final_norm: Any = model.RMSNorm(config.rms_norm_eps)
+    return final_norm.apply({"params": params["final_norm"]}, x)
 
 
 def _positions(tokens: Array, segments: Array | None) -> Int[Array, "B T"]:
-    """Each token's place in its document."""
+    """Each token's position in its document."""
     places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segments is None:
         return places

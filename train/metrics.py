@@ -1,4 +1,4 @@
-"""What a run leaves behind to be read: a JSON line a step, a plot at the end, TensorBoard or W&B where asked."""
+"""A run's metrics: a JSON line per step and evaluation, and TensorBoard or W&B if asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recyc_jax.config import LlamaConfig
 
 Row = dict[str, Any]
 
-PEAK_FLOPS = {  # dense bfloat16 operations a second, from the makers' data sheets
+PEAK_FLOPS = {  # dense bfloat16 operations per second, from the vendors' data sheets
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,
@@ -28,7 +28,7 @@ PEAK_FLOPS = {  # dense bfloat16 operations a second, from the makers' data shee
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The device's, or None where it isn't listed (a CPU, say)."""
+    """The peak bfloat16 operations per second of a device; None for a device that is not listed (such as a CPU)."""
     for name, peak in PEAK_FLOPS.items():
         if name in device_kind:
             return peak
@@ -37,9 +37,9 @@ def peak_flops(device_kind: str) -> float | None:
 
 def model_flops(config: LlamaConfig, length: int, tokens: int) -> float:
     """Operations of a training step over `tokens` tokens in rows of `length`, forward and backward, as MFU counts them:
-    six a matrix parameter and token, and causal attention to everything (T / 2 keys a query on average, two products of
-    2 * H operations, three times over). What is recomputed or spared is not counted, so the recycled forms' MFU can
-    exceed the dense one's."""
+    six per matrix parameter and token, plus causal attention to everything (length / 2 keys per query on average, two
+    products of 2 * head_dim operations each, times three for forward and backward). Recomputation adds nothing to the
+    count and recycling takes nothing off, so the MFU of the recycled forms can exceed that of the dense form."""
     heads, dim = config.num_attention_heads * config.head_dim, config.hidden_size
     kv = config.num_key_value_heads * config.head_dim
     layer = 2 * dim * heads + 2 * dim * kv + 3 * dim * config.intermediate_size
@@ -49,7 +49,7 @@ def model_flops(config: LlamaConfig, length: int, tokens: int) -> float:
 
 
 class Metrics:
-    """`metrics.jsonl` of a run, and the sinks that were asked for."""
+    """Writes a run's `metrics.jsonl`, and logs to TensorBoard and W&B if asked."""
 
     def __init__(self, folder: Path, tensorboard: bool, wandb: str | None, configuration: Row) -> None:
         self.path = folder / "metrics.jsonl"
@@ -66,11 +66,11 @@ class Metrics:
             self._wandb = library.init(project=wandb, dir=str(folder), config=configuration)
 
     def resume(self, step: int) -> None:
-        """Keep the rows up to `step` (-1: none): what a killed run wrote after its last checkpoint is made again."""
+        """Read the rows up to `step` (-1: none) and drop later ones: the steps after a checkpoint are taken again."""
         self.rows = []
         if self.path.is_file():
             for line in self.path.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be cut short
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be truncated
                     row = json.loads(line)
                     if row["step"] <= step:
                         self.rows.append(row)
@@ -79,7 +79,7 @@ class Metrics:
         draft.replace(self.path)
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Append rows, on disk when this returns; each has `kind` and `step`."""
+        """Append rows, each with `kind` and `step`; they are on disk when this returns."""
         new = list(rows)
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(row) + "\n" for row in new))
@@ -108,28 +108,3 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def plot(path: Path, rows: list[Row]) -> None:
-    """The loss by step, and held-out perplexity by step under each policy."""
-    from matplotlib.figure import Figure
-
-    steps = [row for row in rows if row["kind"] == "train" and row["loss"] is not None]
-    evaluations = [row for row in rows if row["kind"] == "evaluation"]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot([row["step"] for row in steps], [row["loss"] for row in steps], linewidth=1)
-    left.set_xlabel("step")
-    left.set_ylabel("training loss, nats a token")
-    several = len({(row["length"], row["new_tokens"]) for row in evaluations}) > 1
-    lines: dict[str, dict[int, list[float]]] = {}
-    for row in evaluations:
-        label = row["policy"] + (f", last {row['new_tokens']} of {row['length']}" if several else "")
-        lines.setdefault(label, {}).setdefault(row["step"], []).append(row["nll"])
-    for label, by_step in lines.items():
-        right.plot(list(by_step), [sum(nlls) / len(nlls) for nlls in by_step.values()], marker="o", label=label)
-    right.set_xlabel("step")
-    right.set_ylabel("held-out loss, mean over domains")
-    if evaluations:
-        right.legend(fontsize=7 if len(lines) < 8 else 5)
-    figure.savefig(path, dpi=120)

@@ -1,10 +1,9 @@
-"""What continued pretraining changed, as tables: `python -m train.report results/off results/strided`.
+"""Tables of what continued pretraining changed: `python -m train.report results/off results/strided`.
 
-For each run folder the first and the last evaluation of its metrics.jsonl, policy by policy, over all domains' windows:
-losses in nats a token, what training changed, how much more than full attention's the loss is, before and after, and how
-much more than the first run's it is after, where both measured the same windows. Errors are standard errors over windows,
-of differences that of the paired ones.
-"""
+For each run folder and policy, the tables compare the first and the last evaluation in metrics.jsonl over the windows
+of all domains: perplexity before and after, the change of the loss (nats per token), how far the loss is above full
+attention's before and after, and how far it is above the first run's after training, if both runs measured the same
+windows. Errors are standard errors over windows of the paired differences."""
 
 from __future__ import annotations
 
@@ -21,10 +20,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-Losses = dict[tuple[int, int, str], list[float]]  # each window's, by length, tokens and policy
+Losses = dict[tuple[int, int, str], list[float]]  # the loss of each window, by (length, new_tokens, policy)
 HEADINGS = ("run", "policy", "perplexity before", "after", "change, nats", "above full before", "after")
 SAME = 0.01
-"""Nats by which the losses of one window before training may differ between runs: by the order of a device's sums."""
+"""Nats per token by which a window's loss before training may differ between runs, because devices sum in different
+orders."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Config:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command and return its exit status."""
     config = tyro.cli(Config, prog="python -m train.report", args=args)
     try:
         if not config.runs:
@@ -49,8 +49,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 def tables(runs: Sequence[Path]) -> str:
-    """Markdown: a table for each length and number of tokens measured. Raises ValueError for a run without a first or
-    another evaluation."""
+    """A Markdown table for each window length and number of measured tokens. Raises ValueError for a run without an
+    evaluation before training and one after."""
     by_measure: dict[tuple[int, int], list[str]] = {}
     ends_of = {run: _ends(run) for run in runs}
     for run, (before, after) in ends_of.items():
@@ -83,7 +83,7 @@ def tables(runs: Sequence[Path]) -> str:
 def _beside(
     first: tuple[Losses, Losses], measure: tuple[int, int, str], losses: list[float], later: list[float]
 ) -> str:
-    """How much more a run loses after training than the first one; "-" where their windows differ."""
+    """How far a run's loss after training is above the first run's; "-" if their windows differ."""
     before, after = (ends.get(measure, []) for ends in first)
     same = len(before) == len(losses) and all(
         math.isclose(one, other, rel_tol=0, abs_tol=SAME) for one, other in zip(before, losses, strict=True)
@@ -92,7 +92,7 @@ def _beside(
 
 
 def _ends(run: Path) -> tuple[Losses, Losses]:
-    """The first and the last evaluation."""
+    """The losses of the first and of the last evaluation."""
     try:
         lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -113,7 +113,7 @@ def _losses(rows: list[dict[str, Any]], step: int) -> Losses:
 
 
 def _signed(values: Sequence[float]) -> str:
-    # numpy's takes numbers that are not finite, as those of a run gone wrong
+    # np.std, because statistics.stdev fails for the infinite or NaN losses of a diverged run
     error = f" ± {np.std(values, ddof=1) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):+.4f}{error}"
 

@@ -1,11 +1,10 @@
-"""One training step: gradients of the mean token loss, a guarded update, what is reported of it."""
+"""One training step: gradients of the mean token loss, an update unless they are not finite, and metrics."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
@@ -19,70 +18,20 @@ from recyc_jax import sharding
 from recyc_jax.cache import Leaf
 from recyc_jax.config import LlamaConfig
 from train import forward
+from train.optimizer import Optimizer
 
-Batch = dict[str, Array]  # "tokens" int32 [B, T], and "segments" int32 [B, T] where rows are packed
+Batch = dict[str, Array]  # "tokens" int32 [B, T]; for packed rows also "segments" int32 [B, T]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """All that training carries from step to step. `params` are stacked (`forward.stack_layers`), float32."""
+    """Everything that training carries from step to step. `params` are stacked (`forward.stack_layers`), float32."""
 
     step: Leaf  # int32 []: batches taken
     params: Any
     optimizer: Any
-    skipped: Leaf  # int32 []: updates left out because of numbers that are not finite
-    skipped_in_row: Leaf  # int32 []: the latest of them without one that was made in between
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimizer:
-    """The optimizer's settings. Weight decay is left to matrices: norms and biases have none."""
-
-    learning_rate: float
-    schedule: Literal["linear", "cosine", "constant"]
-    warmup_steps: int
-    steps: int
-    weight_decay: float
-    clip: float
-    kind: Literal["adamw", "adafactor"]
-    b1: float = 0.9
-    b2: float = 0.999
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def rate(self) -> optax.Schedule:
-        """The learning rate by step: up from 0 in a line, then as `schedule` says, 0 at `steps`."""
-        falling = max(1, self.steps - self.warmup_steps)
-        after = {
-            "linear": lambda: optax.linear_schedule(self.learning_rate, 0.0, falling),
-            "cosine": lambda: optax.cosine_decay_schedule(self.learning_rate, falling),
-            "constant": lambda: optax.constant_schedule(self.learning_rate),
-        }[self.schedule]()
-        if self.warmup_steps == 0:
-            return after
-        warmup = optax.linear_schedule(0.0, self.learning_rate, self.warmup_steps)
-        # the first update is made at the rate of 1 / warmup, not of 0
-        return optax.join_schedules([lambda step: warmup(step + 1), after], [self.warmup_steps])
-
-    def make(self) -> optax.GradientTransformation:
-        clip = optax.clip_by_global_norm(self.clip) if self.clip else optax.identity()
-        if self.kind == "adafactor":  # its second moments are factored: little state
-            return optax.chain(clip, optax.adafactor(self.rate()))
-        adamw = optax.adamw(
-            self.rate(),
-            self.b1,
-            self.b2,
-            weight_decay=self.weight_decay,
-            mask=_decayed,
-            mu_dtype=jnp.dtype(self.moment_dtype),
-        )
-        return optax.chain(clip, adamw)
-
-
-def _decayed(params: Any) -> Any:
-    def is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-        return path[-1].key in ("kernel", "embedding", "head")
-
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    skipped: Leaf  # int32 []: updates skipped because the loss or gradients were not finite
+    skipped_in_row: Leaf  # int32 []: skipped updates since the last one that was applied
 
 
 def start(params: Any, optimizer: Optimizer) -> TrainState:
@@ -104,12 +53,12 @@ def train_step(
     remat: forward.Remat,
     z_loss: float,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """The next state, and the step's numbers: `loss` (nats a token, over all of the batch's tokens), `grad_norm` before
-    clipping, `finite`, `tokens` that had a loss.
+    """The next state and the step's metrics: `loss` (nats per token, the mean over the batch), `grad_norm` (before
+    clipping), `finite` (whether loss and gradients are) and `tokens` (how many have a loss).
 
-    The batch is worked on in `accumulate` parts; the gradient is that of the whole batch's mean, however it is cut. Where
-    the loss or any gradient is not finite, parameters and optimizer stay as they are, and that is counted.
-    """
+    The batch is processed in `accumulate` parts; the gradient is that of the mean over the whole batch, however it is
+    cut. If the loss or any gradient is not finite, parameters and optimizer state stay unchanged, and the skipped
+    update is counted."""
     rows = batch["tokens"].shape[0]
     split = NamedSharding(mesh, PartitionSpec(None, sharding.ROWS))
     by_row = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
@@ -118,7 +67,7 @@ def train_step(
     )
 
     def total_loss(params: Any, part: Batch) -> tuple[Array, Array]:
-        """The sum over tokens, and their number."""
+        """The summed loss of the tokens, and their number."""
         narrow = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), params)
         segments = part.get("segments")
         losses = forward.token_losses(
@@ -132,7 +81,7 @@ def train_step(
             shares=math.prod(mesh.shape[name] for name in sharding.ROWS),
             place=lambda x: lax.with_sharding_constraint(x, by_row),
         )
-        # across a border between documents nothing is predicted
+        # the first token of a document is not predicted from the document before it
         counts = (
             jnp.ones_like(losses) if segments is None else (segments[:, 1:] == segments[:, :-1]).astype(jnp.float32)
         )
@@ -150,7 +99,7 @@ def train_step(
     norm = jnp.sqrt(sum(jnp.sum(grad**2) for grad in jax.tree.leaves(grads)))
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes; everything of ours runs under strict promotion
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes; our code runs under strict promotion
         updates, new_optimizer = optimizer.make().update(grads, state.optimizer, state.params)
     made = (optax.apply_updates(state.params, updates), new_optimizer)
     params, kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, (state.params, state.optimizer))
@@ -160,7 +109,7 @@ def train_step(
 
 
 def attention_over(mesh: Mesh, attend: Callable[..., Array]) -> forward.Attention:
-    """`attend` with each device at work on its own rows and heads."""
+    """`attend` under `shard_map`: each device computes its own rows and heads."""
     heads = PartitionSpec(sharding.ROWS, None, "tensor", None)
     rows = PartitionSpec(sharding.ROWS, None)
 

@@ -1,1 +1,1 @@
-"""Attention over a KV cache, and the selection of its most attended slots. Knows arrays, not policies or models."""
+"""Attention over a KV cache, kept sets and selection, in plain JAX. Knows arrays, not policies or models."""

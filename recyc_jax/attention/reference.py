@@ -1,9 +1,9 @@
 """Attention in plain jax.numpy: the oracle of every other implementation, and the default on a CPU.
 
 Letters: B batch, T and C queries, S cache slots, R selected slots, N query heads, K key/value heads, G = N // K query
-heads a group, H head dim. Logits and softmax are float32 whatever the inputs' dtype; the probabilities are
+heads per group, H head dim. Logits and softmax are float32 whatever the dtype of the inputs; the probabilities are
 rounded to the values' dtype for the second product, which accumulates in float32. Masked logits are float32's finite
-minimum, so a row with nothing to see gives finite garbage rather than NaN.
+minimum, so a row that sees nothing gives finite garbage rather than NaN.
 """
 
 from __future__ import annotations
@@ -15,13 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
-
-from recyc_jax import projections as projections  # a part of every implementation
-from recyc_jax.attention import select
-
-SLOTS_LAST: bool = False
-COPIES: bool = False
-INDEXES: bool = False
 
 MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -46,23 +39,29 @@ def causal(
     return out.astype(q.dtype).reshape(q.shape)
 
 
-def decode_logits(
+def masked_logits(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
     visible: Bool[Array, "B _ S"],
 ) -> Float[Array, "B K G S"]:
-    """Scaled logits of one query a row, those of slots that are not visible (of all heads or of each) masked."""
+    """Scaled logits of one query per row; slots that are not visible (to all heads, or to each) are masked."""
     grouped = _grouped(q, keys.shape[1])
     logits = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32)
     return jnp.where(visible[:, :, None, :], logits * _scale(q.shape[-1]), MASKED)
 
 
-def _weighted(
+def log_softmax(logits: Float[Array, "*heads S"]) -> Float[Array, "*heads S"]:
+    """`logit - logsumexp`. Log-probabilities, because probabilities underflow in the tail, where ranks still count."""
+    return logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def weighted_values(
     logits: Float[Array, "B K G S"], values: Float[Array, "B K S H"], q: Float[Array, "B N H"]
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
-    weights = jax.nn.softmax(logits, axis=-1)
-    out = jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype).reshape(q.shape), weights
+) -> Float[Array, "B N H"]:
+    """The values' mean under the softmax of the logits, in the shape and dtype of q."""
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype)
+    out = jnp.einsum("bkgs,bksh->bkgh", weights, values, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype).reshape(q.shape)
 
 
 def full(
@@ -71,32 +70,20 @@ def full(
     values: Float[Array, "B K S H"],
     visible: Bool[Array, "B S"],
 ) -> Float[Array, "B N H"]:
-    """One query a row over every visible slot."""
-    return full_with_weights(q, keys, values, visible)[0]
+    """One query per row over every visible slot."""
+    return full_with_log_probabilities(q, keys, values, visible)[0]
 
 
-def full_with_weights(
+def full_with_log_probabilities(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     visible: Bool[Array, "B S"],
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
-    """`full`, and the probabilities of each query head in float32."""
-    return _weighted(decode_logits(q, keys, visible[:, None]), values, q)
-
-
-def full_with_scores(
-    q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    visible: Bool[Array, "B S"],
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
-    """`full`, and how much each slot matters to the query: its log-probability, the maximum over the heads of its group
-    (section 3.1 of the paper). Our decision: float32 `logit - logsumexp` rather than the probability, which underflows in
-    the tail and would leave the order there to chance. Slots that are not visible hold meaningless finite numbers."""
-    logits = decode_logits(q, keys, visible[:, None])
-    scores = jnp.max(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True), axis=2)
-    return _weighted(logits, values, q)[0], scores
+    """`full`, and the log-probability of each slot under each query head, float32. Slots that are not visible hold
+    meaningless finite numbers."""
+    logits = masked_logits(q, keys, visible[:, None])
+    return weighted_values(logits, values, q), log_softmax(logits)
 
 
 def window_scores(
@@ -105,9 +92,9 @@ def window_scores(
     starts: Int[Array, " B"],
     length: Int[Array, ""],
 ) -> Float[Array, "B K S"]:
-    """Each slot's score under the last W tokens, in slots `length - W` to `length - 1`: the log of its probability summed
-    over these queries, the maximum over the heads of its group. Where a row has fewer tokens, all of them. W = 1
-    is the score of `full_with_scores`. One query at a time, so memory does not grow with W."""
+    """Each slot's score under the queries of the last W tokens, in slots `length - W` to `length - 1`: the log of its
+    probability summed over these queries, the maximum over the heads of its group. A row of fewer than W tokens counts
+    all of them. W = 1 gives the score of a full step. One query at a time, so memory does not grow with W."""
     batch, window, heads, _ = q.shape
     kv_heads, capacity = keys.shape[1:3]
     slots = jnp.arange(capacity, dtype=jnp.int32)
@@ -115,11 +102,10 @@ def window_scores(
 
     def add(index: Array, total: Array) -> Array:
         seen = (slots >= starts[:, None]) & (slots <= first + index)
-        here = lax.dynamic_index_in_dim(q, index, axis=1, keepdims=False)
-        logits = decode_logits(here, keys, seen[:, None])
-        chances = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        query = lax.dynamic_index_in_dim(q, index, axis=1, keepdims=False)
+        log_probabilities = log_softmax(masked_logits(query, keys, seen[:, None]))
         is_token = first + index >= starts
-        return jnp.logaddexp(total, jnp.where(is_token[:, None, None, None], chances, MASKED))
+        return jnp.logaddexp(total, jnp.where(is_token[:, None, None, None], log_probabilities, MASKED))
 
     total = jnp.full((batch, kv_heads, heads // kv_heads, capacity), MASKED, jnp.float32)
     return jnp.max(lax.fori_loop(0, window, add, total), axis=2)
@@ -130,97 +116,30 @@ def selected(
     keys: Float[Array, "B K S H"],
     values: Float[Array, "B K S H"],
     slots: Int[Array, "B K R"],
-) -> Float[Array, "B N H"]:
-    """One query a row over the slots listed for each key/value head, gathered by index; -1 lists nothing."""
-    return selected_with_weights(q, keys, values, slots)[0]
-
-
-def selected_with_weights(
-    q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    slots: Int[Array, "B K R"],
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G R"]]:
-    """`selected`, and the probabilities of each query head in float32."""
-    at = jnp.maximum(slots, 0)[..., None]
-    near_keys = jnp.take_along_axis(keys, at, axis=2, mode="clip")
-    near_values = jnp.take_along_axis(values, at, axis=2, mode="clip")
-    return _weighted(decode_logits(q, near_keys, slots >= 0), near_values, q)
+    """One query per row over the slots listed for each key/value head, gathered by index (-1 lists nothing), and the
+    log-probability of each listed slot under each query head."""
+    index = jnp.maximum(slots, 0)[..., None]
+    listed_keys = jnp.take_along_axis(keys, index, axis=2, mode="clip")
+    listed_values = jnp.take_along_axis(values, index, axis=2, mode="clip")
+    logits = masked_logits(q, listed_keys, slots >= 0)
+    return weighted_values(logits, listed_values, q), log_softmax(logits)
 
 
-def recycled(
-    q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    slots: Int[Array, "B K R"],
-    since: Int[Array, " B"],
-    length: Int[Array, ""],
-    evict: bool,
-) -> Float[Array, "B N H"]:
-    """One query a row over the slots listed for each key/value head (-1 lists nothing), and over slots `since` to
-    `length - 1`. With `evict` only the R newest of all these: each new slot takes the place of the last that is listed,
-    once these have left of the oldest new one. Gathers over the whole cache: exact, not fast."""
-    entries, capacity = slots.shape[2], keys.shape[2]
-    kept, first = jnp.full_like(since, entries), since
-    if evict:
-        kept, first = entries - (length - since), jnp.maximum(since, length - entries)
-    listed = jnp.where(jnp.arange(entries) < kept[:, None, None], slots, -1)
-    at = jnp.arange(capacity, dtype=jnp.int32)
-    newest = jnp.where((at >= first[:, None]) & (at < length), at, -1)
-    newest = jnp.broadcast_to(newest[:, None], (*slots.shape[:2], capacity))
-    return selected(q, keys, values, jnp.concatenate([listed, newest], axis=2))
-
-
-def full_or_recycled(
-    q: Float[Array, "B N H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    visible: Bool[Array, "B S"],
-    due: Bool[Array, " B"],
-    slots: Int[Array, "B K R"],
-    since: Int[Array, " B"],
-    length: Int[Array, ""],
-    evict: bool,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K S"]]:
-    """`full_with_scores` of the rows that are due, `recycled` of the others; their scores are -inf."""
-    out, scores = full_with_scores(q, keys, values, visible)
-    here = due[:, None, None]
-    few = recycled(q, keys, values, slots, since, length, evict)
-    return jnp.where(here, out, few), jnp.where(here, scores, -jnp.inf)
-
-
-def top_slots(scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
-    """The R = min(budget, S) best slots in rank order, ties to the lower slot; -1 where the score is -inf. Callers rely on
-    the order of the last `ordered` only, at least of the last one."""
-    return select.top_slots(scores, budget)
-
-
-def pieces_with_weights(
+def over_pieces(
     q: Float[Array, "B N H"],
     pieces: Sequence[tuple[Array, Array, Array]],
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G R"]]:
-    """One query a row over several pieces as one softmax, and the probabilities piece after piece. A piece is its keys
-    [B, K, R, H], its values, and which of them are visible [B, K or 1, R]; nothing is gathered or copied."""
-    logits = [decode_logits(q, keys, visible) for keys, _, visible in pieces]
-    weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+    """One query per row over several pieces of a cache as one softmax, and the log-probabilities, piece after piece. A
+    piece is its keys [B, K, R, H], its values, and which of them are visible [B, K or 1, R]; nothing is gathered."""
+    logits = jnp.concatenate([masked_logits(q, keys, visible) for keys, _, visible in pieces], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)
     ends = np.cumsum([keys.shape[2] for keys, _, _ in pieces])
     out = sum(
-        jnp.einsum("bkgs,bksh->bkgh", here.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        for here, (_, values, _) in zip(jnp.split(weights, ends[:-1], axis=-1), pieces, strict=True)
+        jnp.einsum("bkgs,bksh->bkgh", part.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        for part, (_, values, _) in zip(jnp.split(weights, ends[:-1], axis=-1), pieces, strict=True)
     )
-    return jnp.asarray(out).astype(q.dtype).reshape(q.shape), weights
-
-
-def compact(
-    keys: Float[Array, "B K S H"], values: Float[Array, "B K S H"], chosen: Bool[Array, "B K S"], most: int
-) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R H"]]:
-    """The keys and values of the chosen slots, at most `most` a head, in the slots' order, then zeros."""
-    unchosen_last = jnp.argsort(~chosen, axis=2, stable=True)[..., :most]
-    listed = (jnp.arange(most) < jnp.sum(chosen, axis=2, keepdims=True))[..., None]
-    near_keys, near_values = (
-        jnp.where(listed, jnp.take_along_axis(cached, unchosen_last[..., None], axis=2), 0) for cached in (keys, values)
-    )
-    return near_keys, near_values
+    return jnp.asarray(out).astype(q.dtype).reshape(q.shape), log_softmax(logits)
 
 
 def chunk(
@@ -232,8 +151,8 @@ def chunk(
 ) -> Float[Array, "B C N H"]:
     """C consecutive queries, the first in slot `offset` (a multiple of C), each over the slots up to its own.
 
-    Key blocks of C slots are visited one by one with a running softmax, from the first that holds a token to the
-    queries' own, so memory is C x C a head and blocks in the future cost nothing.
+    Key blocks of C slots are visited one by one with a running softmax, from the first block that holds a token to the
+    queries' own block, so memory is C x C per head and blocks in the future cost nothing.
     """
     return _chunk(q, keys, values, starts, offset)[0]
 
@@ -246,7 +165,8 @@ def chunk_with_mass(
     offset: Int[Array, ""],
 ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K G S"]]:
     """`chunk`, and the probability that each slot receives from these queries, summed over them, for each query head in
-    float32. Queries of padding give nothing. A second visit of the key blocks, once the normalisers are known."""
+    float32. Queries of padding tokens add nothing. The key blocks are visited twice: the second time with the
+    normalisers of the first."""
     batch, width, heads, _ = q.shape
     kv_heads, capacity = keys.shape[1:3]
     groups = heads // kv_heads
@@ -255,9 +175,9 @@ def chunk_with_mass(
     is_token = offset + jnp.arange(width, dtype=jnp.int32) >= starts[:, None]
 
     def visit(block: Array, mass: Array) -> Array:
-        chances = _block_logits(stacked, keys, starts, offset, block, width) - normaliser[..., None]
-        chances = chances.reshape(batch, kv_heads, groups, width, width)
-        received = jnp.sum(jnp.where(is_token[:, None, None, :, None], jnp.exp(chances), 0), axis=3)
+        log_probabilities = _block_logits(stacked, keys, starts, offset, block, width) - normaliser[..., None]
+        probabilities = jnp.exp(log_probabilities).reshape(batch, kv_heads, groups, width, width)
+        received = jnp.sum(jnp.where(is_token[:, None, None, :, None], probabilities, 0), axis=3)
         zero = jnp.zeros((), jnp.int32)
         return lax.dynamic_update_slice(mass, received, (zero, zero, zero, block * width))
 
@@ -280,7 +200,8 @@ def _block_logits(
     block: Int[Array, ""],
     width: int,
 ) -> Float[Array, "B K GC C"]:
-    """Scaled logits of the queries, the first in slot `offset`, over the block's keys; masked where they see nothing."""
+    """Scaled logits of the queries, the first in slot `offset`, over the block's keys; masked where they see
+    nothing."""
     rows, dim = stacked.shape[2:]
     query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), rows // width)
     key_slots = block * width + jnp.arange(width, dtype=jnp.int32)

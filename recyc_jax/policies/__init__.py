@@ -1,1 +1,1 @@
-"""Which cached tokens a decode step reads: one method a file, all behind the contract in `base.py`."""
+"""Policies choose which cached tokens a decode step reads: one method per file, behind the contract in `base.py`."""

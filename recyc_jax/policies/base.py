@@ -1,11 +1,12 @@
-"""The contract between a method and the decode loop.
+"""The contract between a method and the generation loop.
 
-A policy is a frozen dataclass of pure functions over an explicit per-layer state, as an optax transform is. Steps come
-in periods: `period - 1` plain steps, then a *deciding* step (if the policy `decides`). The loop appends
-the new token's key and value to the full cache, then calls `attend` or `decide` with a read-only view of it; neither
-returns the cache, so no `lax.cond` in a policy can copy it. Nobody needs what a deciding step chooses before the next
-step, so choosing is left to `settle`, once for all layers.
-"""
+Letters: B batch, N query heads, K key/value heads, G = N // K, H head dim, S cache slots.
+
+A policy is a frozen dataclass of pure functions over an explicit state per layer, like an optax transform. Decode steps
+come in periods: `period - 1` partial steps, then one *deciding* step. The loop appends the new token's key and value to
+the full cache before it calls the policy. The policy reads the cache but never returns it, so no `lax.cond` copies the
+cache. The choice that follows from a deciding step is needed only in the next step, so the loop calls `refresh` once
+for all layers."""
 
 from __future__ import annotations
 
@@ -15,123 +16,108 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from recyc_jax import cache
-from recyc_jax.attention.api import Implementation
+from recyc_jax.attention.implementation import Implementation
 from recyc_jax.cache import LayerCache, Leaf
 
 State = Any
-
-LOOK_EVERY = 10
-"""The period of a policy that never decides: it only sets how often the loop looks whether all rows have ended."""
+"""What a policy carries from step to step for one layer: any pytree."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Observes:
-    """What a policy asks prefill to keep of the prompt."""
+class PromptNeeds:
+    """The statistics of the prompt that a policy needs from prefill."""
 
-    windows: frozenset[int] = frozenset()  # scores under the last w prompt tokens, for each w
+    windows: frozenset[int] = frozenset()  # window sizes w: scores under the last w prompt tokens
     query: bool = False  # the last prompt token's query
-    mass: bool = False  # the attention that each key has received from the whole prompt
+    mass: bool = False  # the attention that each key received from the whole prompt
 
-    def __or__(self, other: Observes) -> Observes:
-        return Observes(self.windows | other.windows, self.query or other.query, self.mass or other.mass)
+    def __or__(self, other: PromptNeeds) -> PromptNeeds:
+        return PromptNeeds(self.windows | other.windows, self.query or other.query, self.mass or other.mass)
 
 
 @flax.struct.dataclass
-class Observed:
-    """What prefill has kept of one layer; empty or None where no policy asked."""
+class PromptStats:
+    """The prompt statistics of one layer; empty or None if no policy needs them."""
 
-    scores: dict[
-        int, Leaf
-    ]  # by window w: float32 [B, K, S], log of the probability summed over the last w queries, max
-    # over the group; meaningless at slots that hold no token
-    q: Leaf | None  # [B, N, H]: the last prompt token's query after RoPE
-    plain_q: Leaf | None  # [B, N, H]: the same before RoPE
-    mass: Leaf | None  # float32 [B, K, G, S]: probability summed over all prompt tokens, by query head
+    # by window size w, float32 [B, K, S]: the log of the probability summed over the last w queries, then the maximum
+    # over the group's query heads; undefined for slots that hold no token
+    scores: dict[int, Leaf]
+    q: Any  # [B, N, H]: the last prompt token's query after RoPE
+    q_before_rope: Any  # [B, N, H]
+    mass: Any  # float32 [B, K, G, S]: each query head's probability, summed over all prompt tokens
 
 
 class Step(NamedTuple):
-    """One layer in one decode step: the query, and the full cache with the new token (in slot `length - 1`)."""
+    """One layer in one decode step: the query, and the full cache with the new token in slot `length - 1`."""
 
     q: Array  # [B, N, H], after RoPE
-    plain_q: Array  # [B, N, H], before RoPE
+    q_before_rope: Array  # [B, N, H]
     cached: LayerCache
-    starts: Array  # int32 [B]
-    length: Array  # int32 []
-    number: Array  # int32 []: decode steps count from 1
-    done: Array  # bool [B]: the row has ended
-
-    @property
-    def slot(self) -> Int[Array, ""]:
-        """The new token's."""
-        return self.length - 1
-
-    @property
-    def keys(self) -> Array:
-        """[B, K, S, H]"""
-        return self.cached.keys
-
-    @property
-    def values(self) -> Array:
-        """[B, K, S, H]"""
-        return self.cached.values
+    starts: Array  # int32 [B]: the slot of each row's first token
+    length: Array  # int32 []: slots written, including the new token's
+    number: Array  # int32 []: the number of this decode step, counted from 1
+    done: Array  # bool [B]: rows that have ended
 
     @property
     def visible(self) -> Bool[Array, "B S"]:
-        return cache.filled(self.starts, self.length, self.keys.shape[2])
+        """Which slots hold a token."""
+        return cache.visible(self.starts, self.length, self.cached.capacity)
 
 
 class Caches(NamedTuple):
-    """All layers' caches, as choosing sees them."""
+    """The full caches of all layers, as `start` and `refresh` see them."""
 
-    attention: Implementation
     layers: tuple[LayerCache, ...]
-    visible: Array  # bool [B, S]
+    visible: Array  # bool [B, S]: which slots hold a token
     length: Array  # int32 []: slots written so far
-    steps: int  # decode steps of this call at most: no set sees more new tokens
+    steps: int  # upper bound on the decode steps of this call, so on the new tokens after any refresh
 
 
 class Attended(NamedTuple):
-    """What a step gives back."""
+    """What a step returns for one layer."""
 
     out: Array  # [B, N, H]
     state: State
-    full: Array  # bool [B]: the row's output is attention to everything
+    full: Array  # bool [B]: rows whose output is attention to everything
+    noted: Any = None  # from a deciding step: what `refresh` needs of it (recycled attention: scores and rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy(abc.ABC):
-    """A method of choosing what a decode step reads."""
+    """A method that chooses which cached tokens a decode step reads.
+
+    Every method has `start` and `partial_step`; one with a `period` also `deciding_step`, and `refresh` if that step
+    changes what is kept. Policies are hashable (static arguments of `jax.jit`); a layer's state has the same structure,
+    shapes and dtypes after every step; no row's result depends on another row."""
 
     @property
+    def period(self) -> int | None:
+        """Decode steps from one deciding step to the next; None if there are no deciding steps."""
+        return None
+
+    @property
+    def needs(self) -> PromptNeeds:
+        """The prompt statistics that `start` needs."""
+        return PromptNeeds()
+
     @abc.abstractmethod
-    def period(self) -> int:
-        """Decode steps in a period. Also how often the loop looks whether every row has ended."""
-
-    @property
-    def decides(self) -> bool:
-        """Whether the last step of a period is a deciding one."""
-        return False
-
-    @property
-    def observes(self) -> Observes:
-        """What `start` needs of the prompt."""
-        return Observes()
-
-    @abc.abstractmethod
-    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[State, ...]:
+    def start(self, attention: Implementation, prompt: Sequence[PromptStats], caches: Caches) -> tuple[State, ...]:
         """Each layer's state after the prompt."""
 
     @abc.abstractmethod
-    def attend(self, attention: Implementation, step: Step, state: State) -> Attended:
-        """A plain step."""
+    def partial_step(self, attention: Implementation, step: Step, state: State) -> Attended:
+        """An ordinary step: every step but the last of a period, or every step if `period` is None. It is partial in
+        methods that read a part of the cache."""
 
-    def decide(self, attention: Implementation, step: Step, state: State) -> Attended:
-        """A deciding step. The state that it leaves goes through `settle`."""
+    def deciding_step(self, attention: Implementation, step: Step, state: State) -> Attended:
+        """The last step of a period. What it returns as `noted` is passed to `refresh`."""
         raise TypeError(f"{type(self).__name__} has no deciding steps")
 
-    def settle(self, states: tuple[State, ...], caches: Caches) -> tuple[State, ...]:
-        """Each layer's state after a deciding step, from what `decide` left in each."""
+    def refresh(
+        self, attention: Implementation, states: tuple[State, ...], noted: tuple[Any, ...], caches: Caches
+    ) -> tuple[State, ...]:
+        """Each layer's state after a deciding step, from the step's `state` and `noted` of each layer."""
         return states

@@ -1,4 +1,4 @@
-"""Full attention: every step reads the whole cache. The baseline of every comparison."""
+"""Full attention: every step reads the whole cache. The baseline of all comparisons."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from recyc_jax.attention.api import Implementation
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Policy, Step
+from recyc_jax.attention.implementation import Implementation
+from recyc_jax.policies.base import Attended, Caches, Policy, PromptStats, Step
 
 
 @dataclasses.dataclass(frozen=True)
 class FullAttention(Policy):
     """Attend to every token so far, at every step."""
 
-    @property
-    def period(self) -> int:
-        return LOOK_EVERY
+    def start(self, attention: Implementation, prompt: Sequence[PromptStats], caches: Caches) -> tuple[None, ...]:
+        return (None,) * len(prompt)
 
-    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[None, ...]:
-        return (None,) * len(observed)
-
-    def attend(self, attention: Implementation, step: Step, state: None) -> Attended:
-        out = attention.full(step.q, step.keys, step.values, step.visible)
-        return Attended(out, None, jnp.ones(step.q.shape[0], jnp.bool_))
+    def partial_step(self, attention: Implementation, step: Step, state: None) -> Attended:
+        """Attend to the whole cache; the output counts as full."""
+        out = attention.full(step.q, step.cached, step.visible)
+        return Attended(out, None, full=jnp.ones_like(step.done))

@@ -1,11 +1,12 @@
-"""Policies by name, as command lines and result files spell them: `recycled:budget=512,stride=10`."""
+"""Policies as strings, for command lines and result files: `recycled:budget=512,stride=10`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, Literal, cast
 
+from recyc_jax.policies.ablations import variant
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.h2o import H2O
@@ -15,14 +16,14 @@ from recyc_jax.policies.snapkv import SnapKV
 from recyc_jax.policies.streaming_llm import StreamingLLM
 
 
-class _Options:
-    """The `key=value` pairs of one policy string, each taken once."""
+class Options:
+    """The `key=value` options of a policy string. Reading an option removes it; options that remain are unknown."""
 
     def __init__(self, text: str, pairs: str, length: int | None) -> None:
         self.text, self.length = text, length
         self.values: dict[str, str] = {}
-        for pair in filter(None, pairs.split(",")):
-            key, equals, value = pair.partition("=")
+        for pair in filter(None, map(str.strip, pairs.split(","))):
+            key, equals, value = (part.strip() for part in pair.partition("="))
             if not equals or not value:
                 raise ValueError(f"policy {text!r}: {pair!r} is not of the form key=value")
             if key in self.values:
@@ -65,20 +66,29 @@ class _Options:
         return self.values.pop(key, None)
 
     def lookahead(self) -> int | Literal["auto"]:
-        """A number of tokens, or auto; 0 where it is not given."""
+        """The number of tokens, or "auto"; 0 if the option is not given."""
         if self.values.get("lookahead") == "auto":
             del self.values["lookahead"]
             return "auto"
         return self.integer("lookahead", 0)
 
+    def schedule(self) -> FixedStride | QuerySimilarity:
+        """The schedule that `stride`, or `check_every` and `threshold`, describe."""
+        if "check_every" not in self.values and "threshold" not in self.values:
+            return FixedStride(self.integer("stride"))
+        if "stride" in self.values:
+            raise ValueError(f"policy {self.text!r}: stride goes with neither check_every nor threshold")
+        return QuerySimilarity(self.integer("check_every"), self.number("threshold"), rope=self.truth("rope", False))
+
     def budget(self) -> int:
-        """Entries read a step; with a point, a fraction of the total length (at least 1 entry)."""
+        """The entries that a step reads; with a decimal point, a fraction of the total length (rounded down, at least
+        1 entry)."""
         value = self.values.get("budget", "")
         if "." not in value:
             return self.integer("budget")
         del self.values["budget"]
         try:
-            fraction = Fraction(value)  # exact: 0.29 of 100 is 29, which binary floats put below
+            fraction = Fraction(value)  # exact: 0.29 * 100 is 29, but less than 29 in binary floats
         except ValueError:
             raise ValueError(f"policy {self.text!r}: budget={value} is not a number") from None
         if not 0 < fraction <= 1:
@@ -88,47 +98,39 @@ class _Options:
         return max(1, int(fraction * self.length))
 
 
-def _full(options: _Options) -> Policy:
+def _full(options: Options) -> Policy:
     return FullAttention()
 
 
-def _recycled(options: _Options) -> Policy:
+def _recycled(options: Options) -> Policy:
     return RecycledAttention(
         budget=options.budget(),
-        schedule=_schedule(options),
+        schedule=options.schedule(),
         pool=options.integer("pool", 7),
         lookahead=options.lookahead(),
         evict=options.truth("evict", True),
-        ablation=cast(Any, options.text_of("ablation")),  # checked there
+        ablation=cast(Any, options.text_of("ablation")),  # RecycledAttention checks it
         window=options.integer("window", 1),
         decay=options.optional_number("decay"),
     )
 
 
-def _schedule(options: _Options) -> FixedStride | QuerySimilarity:
-    if "check_every" not in options.values and "threshold" not in options.values:
-        return FixedStride(options.integer("stride"))
-    if "stride" in options.values:
-        raise ValueError(f"policy {options.text!r}: stride goes with neither check_every nor threshold")
-    return QuerySimilarity(
-        options.integer("check_every"), options.number("threshold"), rope=options.truth("rope", False)
-    )
-
-
-def _streaming_llm(options: _Options) -> Policy:
+def _streaming_llm(options: Options) -> Policy:
     return StreamingLLM(options.budget(), options.integer("sinks", 4), options.optional_integer("full_stride"))
 
 
-def _h2o(options: _Options) -> Policy:
+def _h2o(options: Options) -> Policy:
     return H2O(options.budget(), options.optional_integer("full_stride"))
 
 
-def _snapkv(options: _Options) -> Policy:
+def _snapkv(options: Options) -> Policy:
     integer = options.integer
     return SnapKV(options.budget(), integer("window", 1), integer("pool", 7), integer("lookahead", 0))
 
 
-POLICIES: dict[str, Callable[[_Options], Policy]] = {
+MakePolicy = Callable[[Options], Policy]
+
+POLICIES: dict[str, MakePolicy] = {
     "full": _full,
     "recycled": _recycled,
     "snapkv": _snapkv,
@@ -137,21 +139,34 @@ POLICIES: dict[str, Callable[[_Options], Policy]] = {
 }
 
 
-def parse_policy(text: str, length: int | None = None) -> Policy:
+def parse_policy(text: str, length: int | None = None, policies: Mapping[str, MakePolicy] = POLICIES) -> Policy:
     """The policy that a string such as `"recycled:budget=512,stride=10"` names.
 
-    `length` is the total length (prompt and what is generated) that a fractional budget (`budget=0.125`) refers to.
-    Raises ValueError, naming the string and what is wrong with it.
-    """
+    `length` is the total length (prompt and new tokens) that a fractional budget (`budget=0.125`) refers to. `policies`
+    maps the known names to functions that make policies. Raises ValueError that names the string and what is wrong with
+    it."""
+    if not isinstance(text, str):
+        raise ValueError(f"a policy string is needed, such as 'recycled:budget=512,stride=10', not {text!r}")
     name, _, pairs = text.partition(":")
-    if name not in POLICIES:
-        raise ValueError(f"policy {text!r}: {name!r} is unknown; there is {', '.join(POLICIES)}")
-    options = _Options(text, pairs, length)
+    name = name.strip()
+    if name not in policies:
+        raise ValueError(f"policy {text!r}: {name!r} is unknown; there is {', '.join(policies)}")
+    options = Options(text, pairs, length)
     try:
-        policy = POLICIES[name](options)
+        policy = policies[name](options)
     except ValueError as error:
         message = str(error)
         raise ValueError(message if text in message else f"policy {text!r}: {message}") from None
     if options.values:
         raise ValueError(f"policy {text!r}: {name} has no option {', '.join(sorted(options.values))}")
     return policy
+
+
+def as_policy(policy: Policy | str) -> Policy:
+    """The policy that the generation loop runs, from a policy or a policy string. Raises ValueError for anything
+    else."""
+    if isinstance(policy, str):
+        policy = parse_policy(policy)
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy={policy!r} is neither a policy, such as FullAttention(), nor a policy string")
+    return variant(policy)

@@ -1,33 +1,36 @@
 """SnapKV (Li et al., https://arxiv.org/abs/2404.14469): the tokens that the end of the prompt attends to, chosen once.
 
-Deviations from the publication: every layer and key/value head keeps `budget` entries in all rather than a prompt part
-beside the window, and new tokens take the place of the lowest-ranked ones instead of adding to them, so that all methods
-read the same number of entries. Scores are the maximum over a group's query heads, as the recycled-attention
-paper has it for all methods. The full cache is kept and a subset of it is read: quality and read cost are SnapKV's, the
-memory that it saves is not modelled.
-"""
+Deviations from the publication: every layer and key/value head keeps `budget` entries in total, instead of some prompt
+tokens plus the window, and new tokens replace the lowest-ranked entries instead of adding to them, so that all methods
+read the same number of entries. Scores are the maximum over a group's query heads, as in the recycled-attention paper
+for all methods. The full cache is kept and a subset of it is read: quality and read cost are SnapKV's, but its memory
+savings are not modelled."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-import jax.numpy as jnp
+from recyc_jax.attention.implementation import Implementation
+from recyc_jax.attention.kept import Reads
+from recyc_jax.policies.base import Attended, Caches, Policy, PromptNeeds, PromptStats, Step
+from recyc_jax.policies.recycled import RecycledAttention
+from recyc_jax.policies.recycled_parts import RecycledState, States
+from recyc_jax.policies.schedules import FixedStride
+from recyc_jax.validation import whole_number
 
-from recyc_jax.attention.api import Implementation
-from recyc_jax.config import whole_number
-from recyc_jax.policies.base import LOOK_EVERY, Attended, Caches, Observed, Observes, Policy, Step
-from recyc_jax.policies.recycled_set import AnySet, chosen_set, rank
+NEVER = FixedStride(2**30)
 
 
 @dataclasses.dataclass(frozen=True)
 class SnapKV(Policy):
-    """Attention to the `budget` tokens that the last `window` prompt tokens attend to most, never chosen anew.
+    """Attention to the `budget` tokens that the last `window` prompt tokens attend to most, chosen once.
 
-    With `window=1` this is recycled attention that never refreshes. A longer window sums the probabilities of its
-    queries (those that a short prompt has), then takes the maximum over the group, then pools. `pool`, `budget` and
-    `lookahead` are those of `RecycledAttention`; as nothing is ever renewed, `lookahead` takes a number and no "auto".
-    """
+    This is recycled attention that never refreshes. A token's score is its probability summed over the queries of the
+    window (all queries of a shorter prompt), then the maximum over the group's query heads, then max-pooled. `pool`,
+    `budget` and `lookahead` are those of `RecycledAttention`, but `lookahead` cannot be "auto", because no refresh
+    follows."""
 
     budget: int
     window: int = 1
@@ -35,28 +38,25 @@ class SnapKV(Policy):
     lookahead: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("budget", 1), ("window", 1), ("pool", 1), ("lookahead", 0)):
-            object.__setattr__(self, name, whole_number(name, getattr(self, name), least))
-        if self.pool % 2 == 0:
-            raise ValueError(f"pool={self.pool} must be odd: the window is centred on its token")
+        object.__setattr__(self, "lookahead", whole_number("lookahead", self.lookahead, 0))
+        for name in ("budget", "window", "pool"):
+            object.__setattr__(self, name, getattr(self._recycled, name))
 
     @property
-    def period(self) -> int:
-        return LOOK_EVERY
+    def needs(self) -> PromptNeeds:
+        return self._recycled.needs
+
+    def start(self, attention: Implementation, prompt: Sequence[PromptStats], caches: Caches) -> States:
+        return self._recycled.start(attention, prompt, caches)
+
+    def reads(self, attention: Implementation, step: Step, state: RecycledState) -> tuple[Any, Reads]:
+        """The kept set, and what a step reads of it and of the newest tokens."""
+        return self._recycled.reads(attention, step, state)
+
+    def partial_step(self, attention: Implementation, step: Step, state: RecycledState) -> Attended:
+        """Attend to the kept tokens and to the new tokens, which replace the lowest-ranked entries."""
+        return self._recycled.partial_step(attention, step, state)
 
     @property
-    def observes(self) -> Observes:
-        return Observes(windows=frozenset({self.window}))
-
-    def start(self, observed: Sequence[Observed], caches: Caches) -> tuple[AnySet, ...]:
-        scores = [layer.scores[self.window] for layer in observed]
-        rankings = rank(caches.attention, scores, caches.visible, self.budget, self.pool, self.lookahead, caches.steps)
-        return tuple(
-            chosen_set(caches.attention, cached, ranking, caches.length, evict=True)
-            for cached, ranking in zip(caches.layers, rankings, strict=True)
-        )
-
-    def attend(self, attention: Implementation, step: Step, state: AnySet) -> Attended:
-        state = state.insert(step.slot)
-        out = state.attend(attention, step, step.keys.shape[2])
-        return Attended(out, state, jnp.zeros(step.q.shape[0], jnp.bool_))
+    def _recycled(self) -> RecycledAttention:
+        return RecycledAttention(self.budget, NEVER, self.pool, self.lookahead, window=self.window)

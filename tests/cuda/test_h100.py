@@ -1,12 +1,11 @@
-"""Decoding compiled for an H100 without one: Triton and XLA run for real, nothing is executed.
+"""Decoding compiled for an H100 without one: Triton and XLA compile the programs, and nothing is executed.
 
-No copy of a cache in any step, and no more kernels a layer than were counted when they were measured: a kernel costs some
-two microseconds, whatever it does (docs/results/speed.md).
+No step copies a cache, and a layer has no more kernels than when decoding was measured: each kernel costs some two
+microseconds, whatever it does (docs/results/speed.md).
 """
 
 import dataclasses
 import functools
-import importlib
 import importlib.metadata
 import os
 import re
@@ -17,13 +16,19 @@ import pytest
 
 import recyc_jax as rj
 from recyc_jax import sharding
-from recyc_jax.attention import pallas_gpu, training, training_gpu
+from recyc_jax.attention import whole_sequence
+from recyc_jax.attention.kept import Reads
+from recyc_jax.cache import LayerCache
+from recyc_jax.generation import decode_tokens
+from recyc_jax.implementations import resolve
+from recyc_jax.kernels.gpu.implementation import KeptSlotsByKernel
+from recyc_jax.kernels.gpu.whole_sequence import recycled as recycled_by_kernel
+from recyc_jax.prefilling import read_prompts
 from recyc_jax.shapes import SHAPES
 
 pytestmark = pytest.mark.cuda_aot
-decode, prefill = map(importlib.import_module, ("recyc_jax.decode", "recyc_jax.prefill"))
 
-# XLA's description of an H100 SXM: the limits that code is made for
+# XLA's description of an H100 SXM, with the limits that code is generated for
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -41,12 +46,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 STEPS = 41
 RECYCLED = rj.RecycledAttention(4096, rj.FixedStride(10))
 KERNELS = {"partial": 6, "full": 6}
-"""A layer's: the projections to heads, attention and its parts, three products."""
+"""Kernels per layer: the projections to heads, attention and the merge of its parts, three products."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def h100():
-    """An H100 to compile for. The mesh that names it is no mesh to split arrays over."""
+    """A mesh of one H100 to compile for. Arrays are not split over it."""
     try:
         importlib.metadata.version("jax-cuda12-pjrt")
     except importlib.metadata.PackageNotFoundError:
@@ -69,7 +74,7 @@ def shapes(name, layers, batch, length, policy):
     lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
 
     def read(params, tokens, lengths):
-        return prefill._prefill.__wrapped__(params, tokens, lengths, config, STEPS, policy.observes, "pallas_gpu")
+        return read_prompts.__wrapped__(params, tokens, lengths, config, STEPS, policy.needs, "pallas_gpu")
 
     return config, params, (tokens, lengths), read, jax.eval_shape(read, params, tokens, lengths)
 
@@ -79,7 +84,7 @@ def compiled(name, layers, batch, length, policy, mesh):
     config, params, _, _, state = shapes(name, layers, batch, length, policy)
 
     def run(params, state):
-        return decode._decode.__wrapped__(params, state, None, config, policy, STEPS, rj.Greedy(), (), 0, "pallas_gpu")
+        return decode_tokens.__wrapped__(params, state, None, config, policy, STEPS, rj.Greedy(), (), 0, "pallas_gpu")
 
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     options = {"in_shardings": here, "out_shardings": here, "donate_argnums": 1}
@@ -87,8 +92,8 @@ def compiled(name, layers, batch, length, policy, mesh):
 
 
 def in_loop(text, kind):
-    """Kernels in the body of the loop that takes steps of this kind."""
-    # other computations are what fusions consist of
+    """The number of kernels in the body of the loop over steps of this kind."""
+    # the other computations are bodies of fusions
     for body in re.split(r"\n(?=%|ENTRY)", text):
         full, partial = "/full_attention/" in body, "/recycled_attention/" in body
         if (full, partial) == ((True, False) if kind == "full" else (False, True)) and "added_projection" in body:
@@ -106,7 +111,7 @@ def test_kernels_of_a_layer(h100, kind):
 
 
 def test_layers_that_decide_ask_no_cond(h100):
-    """Each row's kernels look themselves whether it is due; the refresh asks once for all layers."""
+    """Kernels check for each row whether it is due; the refresh has one `lax.cond` for all layers."""
     policy = rj.RecycledAttention(4096, rj.QuerySimilarity(10, 0.8))
     two, three = (compiled("llama-3.1-8b", layers, 1, 32768, policy, h100)[0].as_text() for layers in (2, 3))
     assert two.count(" conditional(") == three.count(" conditional(")
@@ -128,7 +133,7 @@ def test_no_step_copies_a_cache(h100, name, batch, length, policy):
     cache = state.cache.layers[0].stored_keys
     shape = ",".join(map(str, cache.shape))
     assert not re.findall(rf"\[{shape}\]\S* copy\(", program.as_text())
-    # what refreshing needs of two layers: logits of every query head, scores, and what is chosen of them
+    # a refresh of two layers needs the logits of every query head, scores, and the chosen slots
     logits = batch * 4 * SHAPES[name].num_attention_heads * cache.shape[2]
     assert program.memory_analysis().temp_size_in_bytes < 4 * logits + 2**26
 
@@ -137,18 +142,22 @@ def test_no_step_copies_a_cache(h100, name, batch, length, policy):
     ("dim", "dtype"), [(128, jnp.float32), (80, jnp.float32), (256, jnp.bfloat16), (96, jnp.bfloat16)]
 )
 def test_other_sizes_fit(h100, dim, dtype):
-    """A program's shared memory is limited, and what it takes grows with the head dim and the numbers' size."""
+    """Kernels need shared memory that grows with the head dim and the size of the dtype, and that is limited."""
     here = jax.sharding.NamedSharding(h100, jax.sharding.PartitionSpec())
     q, cached, chunk = (jax.ShapeDtypeStruct(s, dtype) for s in ((2, 8, dim), (2, 2, 4096, dim), (2, 256, 8, dim)))
     starts, length = jax.ShapeDtypeStruct((2,), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     slots, visible = jax.ShapeDtypeStruct((2, 2, 512), jnp.int32), jax.ShapeDtypeStruct((2, 4096), jnp.bool_)
 
     def everything(q, keys, values, visible, slots, starts, length, chunk):
+        gpu, cached, kept = resolve("pallas_gpu"), LayerCache(keys, values), KeptSlotsByKernel(slots)
+        reads, rows = Reads(starts, length, 10, True), starts > 0
         return (
-            pallas_gpu.full_with_scores(q, keys, values, visible),
-            pallas_gpu.recycled(q, keys, values, slots, starts, length, True),
-            pallas_gpu.full_or_recycled(q, keys, values, visible, starts > 0, slots, starts, length, True),
-            pallas_gpu.chunk(chunk, keys, values, starts, length),
+            gpu.full(q, cached, visible),
+            gpu.full_with_log_probabilities(q, cached, visible),
+            gpu.full_with_log_probabilities(q, cached, visible, rows),
+            kept.attend(q, cached, reads),
+            kept.attend(q, cached, reads, rows),
+            gpu.chunk(chunk, cached, starts, length),
         )
 
     arguments = (q, cached, cached, visible, slots, starts, length, chunk)
@@ -156,7 +165,7 @@ def test_other_sizes_fit(h100, dim, dtype):
 
 
 def test_prefill_needs_no_square(h100):
-    """Of 128K tokens at Llama-3.1-8B's shape: what is needed beside the cache does not grow with the prompt."""
+    """Prefill of 128K tokens at Llama-3.1-8B's shape: temporary memory does not grow with the prompt."""
     here = jax.sharding.NamedSharding(h100, jax.sharding.PartitionSpec())
 
     def temporary(length):
@@ -172,22 +181,22 @@ def test_prefill_needs_no_square(h100):
     [(64, 32, 8, 2048, False), (64, 9, 3, 512, True), (128, 32, 8, 2048, False), (96, 4, 4, 200, False)],
 )
 def test_recycled_training_compiles(h100, dim, heads, kv_heads, budget, evict):
-    """Forward and backward at the heads of Llama-3.2-1B, SmolLM2-135M, Llama-3.1-8B and of a model between. Beside in- and
-    outputs it needs what it bounds itself by, and copies of these: nothing of 8192 x 8192."""
+    """Forward and backward pass with the heads of Llama-3.2-1B, SmolLM2-135M, Llama-3.1-8B and another model. Temporary
+    memory is a few times `AT_ONCE` and a few copies of the inputs; no array is 8192 x 8192."""
     here = jax.sharding.NamedSharding(h100, jax.sharding.PartitionSpec())
     length = 8192
-    recycle = training.Recycle(1, 50, budget, evict=evict)
+    recycle = whole_sequence.Recycle(1, 50, budget, evict=evict)
     arrays = [jax.ShapeDtypeStruct((1, length, n, dim), jnp.bfloat16) for n in (heads, kv_heads, kv_heads)]
 
     def loss(q, k, v):
-        return jnp.sum(training_gpu.recycled(q, k, v, recycle, training.causal).astype(jnp.float32))
+        return jnp.sum(recycled_by_kernel.recycled(q, k, v, recycle, whole_sequence.causal).astype(jnp.float32))
 
     step = jax.jit(jax.grad(loss, (0, 1, 2)), in_shardings=here, out_shardings=here).lower(*arrays).compile()
     scores = kv_heads * 4 * length * (length // 50 + 64)
     row = 4 * length * (heads + 2 * kv_heads) * dim
     assert (
         step.memory_analysis().temp_size_in_bytes
-        < 3 * min(scores, training_gpu.AT_ONCE) + training_gpu.AT_ONCE + 3 * row
+        < 3 * min(scores, recycled_by_kernel.AT_ONCE) + recycled_by_kernel.AT_ONCE + 3 * row
     )
 
 

@@ -1,14 +1,13 @@
-"""Programs compiled for TPUs that aren't there, and what their compiled form says of memory, copies and collectives.
+"""Programs compiled for TPUs without a TPU, and reports of their memory, copies and collectives.
 
-XLA:TPU and Mosaic run on a CPU host; nothing is executed. Layers are unrolled in decoding, so a few of them
-show what a layer needs; the weights and caches of all are counted by their shapes.
+XLA:TPU and Mosaic run on a CPU host; nothing is executed. Decoding unrolls the layers, so only a few are compiled,
+which show what a layer needs; weights and caches of all layers are counted by their shapes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import math
 import os
 import re
@@ -23,17 +22,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import recyc_jax as rj
 from recyc_jax import sharding
-from recyc_jax.attention import training
-from recyc_jax.attention.training import Recycle
+from recyc_jax.attention import whole_sequence
+from recyc_jax.attention.whole_sequence import Recycle
+from recyc_jax.generation import decode_tokens
+from recyc_jax.prefilling import read_prompts
 from recyc_jax.shapes import SHAPES
 from train import forward, step
+from train.optimizer import Optimizer, shardings
 
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody need ask a cloud what machine this is
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # skips the query of the cloud metadata server
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-decode, prefill = (importlib.import_module(f"recyc_jax.{name}") for name in ("decode", "prefill"))
-
-NEW = 128  # tokens that a cache has room for after its prompt
+NEW = 128  # room in the cache for new tokens
 BUDGET = 4096
 POLICIES: dict[str, Any] = {
     "full": rj.FullAttention(),
@@ -48,10 +48,10 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Some chips of one kind, and how a model lies on them."""
+    """Chips of one kind, and the mesh axes that a model is sharded over."""
 
     topology: str
-    hbm: float  # GiB a chip
+    hbm: float  # GiB per chip
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
@@ -61,7 +61,7 @@ class Machine:
         return sharding.mesh(self.data, self.fsdp, self.tensor, devices[: self.data * self.fsdp * self.tensor])
 
 
-MACHINES = {  # HBM of a chip from the vendor's pages
+MACHINES = {  # HBM per chip from the vendor's pages
     "v5e": Machine("v5e:2x2", 16),
     "v6e": Machine("v6e:2x2", 32),
     "v5e 2x4": Machine("v5e:2x4", 16, tensor=8),
@@ -76,25 +76,25 @@ MACHINES = {  # HBM of a chip from the vendor's pages
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a compiled program says. Sizes are bytes on each chip."""
+    """Properties of a compiled program. Sizes are bytes per chip."""
 
     program: str
     machine: str
     model: str
     length: int
-    layers: int  # compiled; the model's, where they are scanned
+    layers: int  # layers compiled; all layers if they are scanned
     seconds: float
-    arguments: int  # weights and state, of all layers
-    temporary: int  # of the layers compiled
-    cache: int  # of the layers compiled
-    copied: int  # of the recycled copies in the state, of the layers compiled
-    choosing: int  # what choosing slots may take: see `check`
+    arguments: int  # weights and state of all layers
+    temporary: int  # temporaries of the layers compiled
+    cache: int  # caches of the layers compiled
+    copied: int  # kept sets in the state, of the layers compiled
+    choosing: int  # what the choice of slots may take: see `check`
     copies: int  # cache-shaped copies and transposes
     collectives: dict[str, int]
-    fetched: int = 0  # the largest array that is brought into VMEM ahead of its use
+    fetched: int = 0  # the largest array that is prefetched into VMEM
 
     def peak(self) -> float:
-        """GiB, at most: temporaries are counted as if all grew with the layers."""
+        """An upper bound on the peak in GiB: counts temporaries as if all of them grew with the number of layers."""
         layers = SHAPES[self.model].num_hidden_layers
         return (self.arguments + self.temporary * layers / self.layers) / 2**30
 
@@ -102,10 +102,10 @@ class Report:
         name = f"{self.program} of {self.model} at {self.length} tokens on {self.machine}"
         assert self.peak() < machine.hbm, f"{name}: {self.peak():.1f} GiB do not fit {machine.hbm} GiB"
         if self.cache and self.program != "prefill":
-            # The copy is the price of reading side by side, and at a refresh the one before is still there. Choosing
-            # takes a dozen numbers of four bytes for each slot and head: scores, pooled ones, a sort's ins and outs.
-            # Weights that XLA brings into VMEM ahead of their use are counted as temporaries too, two at a time.
-            # What is left, activations, does not grow with the cache.
+            # At a refresh, the new copies of the kept sets and the old ones exist together. The choice takes a dozen
+            # numbers of four bytes for each slot and head: scores, pooled scores, inputs and outputs of a sort.
+            # Weights that XLA prefetches into VMEM, two at a time, count as temporaries too. The rest, activations,
+            # does not grow with the cache.
             allowed = 0.05 * self.cache + 2 * self.copied + self.choosing + 2 * self.fetched + 8 * 2**20
             assert self.temporary < allowed, (
                 f"{name}: {self.temporary / 2**20:.0f} MiB of temporaries beside a cache of {self.cache / 2**20:.0f}"
@@ -114,7 +114,7 @@ class Report:
 
 
 def _local(tree: Any) -> int:
-    """Bytes of the arrays on one device."""
+    """The bytes of the arrays on one device."""
     return sum(
         leaf.dtype.itemsize * functools.reduce(int.__mul__, leaf.sharding.shard_shape(leaf.shape), 1)
         for leaf in jax.tree.leaves(tree)
@@ -126,7 +126,7 @@ def _placed(tree: Any, places: Any) -> Any:
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, places)
 
 
-_WIDTHS = {"bf16": 2, "s8": 1, "u8": 1, "pred": 1}  # bytes; 4 for the rest
+_WIDTHS = {"bf16": 2, "s8": 1, "u8": 1, "pred": 1}  # bytes; 4 for other dtypes
 
 
 def _report(lowered: Any, began: float, state: Any = None, **fields: Any) -> Report:
@@ -152,12 +152,12 @@ def _report(lowered: Any, began: float, state: Any = None, **fields: Any) -> Rep
 
 
 def _model(model: str, layers: int, mesh: Mesh) -> tuple[rj.LlamaConfig, Any, int]:
-    """A config of that many layers, its parameters' shapes in bfloat16, and the bytes of those of all layers."""
+    """A config with that many layers, the shapes of its bfloat16 parameters, and the whole model's bytes per chip."""
     whole = SHAPES[model]
 
     def params(config: rj.LlamaConfig) -> Any:
         shapes = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
-        return _placed(shapes, sharding.shardings(shapes, mesh))
+        return _placed(shapes, shardings(shapes, mesh))
 
     config = dataclasses.replace(whole, num_hidden_layers=layers)
     return config, params(config), _local(params(whole))
@@ -173,7 +173,7 @@ def decoding(
     layers: int = 2,
     implementation: str = "pallas_tpu",
 ) -> Report:
-    """`program` is a policy's name, or "prefill"; a total length of `length` tokens."""
+    """Compile decoding or prefill for a total length of `length` tokens; `program` is a policy's name or "prefill"."""
     mesh = MACHINES[machine].mesh()
     policy = POLICIES.get(program, POLICIES["recycled"])
     config, params, weights = _model(model, layers, mesh)
@@ -189,10 +189,10 @@ def decoding(
         lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
         tokens, lengths = (_placed(one, place(one)) for one in (tokens, lengths))
         read = functools.partial(
-            prefill._prefill,
+            read_prompts,
             config=config,
             max_new_tokens=NEW,
-            observes=policy.observes,
+            needs=policy.needs,
             implementation=implementation,
         )
         shapes = jax.eval_shape(read, params, tokens, lengths)
@@ -205,21 +205,21 @@ def decoding(
             copied, choosing = int(layers * per_layer * min(1, BUDGET / state.cache.capacity)), chooses
         elif isinstance(policy, rj.H2O):
             copied = int(layers * per_layer * min(1, BUDGET / 2 / state.cache.capacity))
-            choosing = chooses * config.num_attention_heads // config.num_key_value_heads  # by query head
+            choosing = chooses * config.num_attention_heads // config.num_key_value_heads  # scores are per query head
         fields = dict(machine=machine, model=model, length=length, layers=layers, program=program)
         began = time.perf_counter()
         if program == "prefill":
-            lowered = read.func.lower(params, tokens, lengths, config, NEW, policy.observes, implementation)
+            lowered = read.func.lower(params, tokens, lengths, config, NEW, policy.needs, implementation)
             return _report(lowered, began, state, arguments=held, copied=0, choosing=0, **fields)
-        lowered = decode._decode.lower(params, state, None, config, policy, NEW, rj.Greedy(), (2,), 0, implementation)
+        lowered = decode_tokens.lower(params, state, None, config, policy, NEW, rj.Greedy(), (2,), 0, implementation)
         return _report(lowered, began, state, arguments=held, copied=copied, choosing=choosing, **fields)
 
 
 def training_step(machine: str, model: str, form: str, length: int = 8192, budget: int = 2048) -> Report:
-    """One step of the paper's or the strided form, one row a device that rows are split over."""
+    """Compile one training step of the paper's or the strided form, with one row per device of the axes `ROWS`."""
     mesh = MACHINES[machine].mesh()
     config = SHAPES[model]
-    optimizer = step.Optimizer(1e-5, "linear", 5, 100, 0.0, 1.0, "adamw", moment_dtype="bfloat16")
+    optimizer = Optimizer(1e-5, "linear", 5, 100, 0.0, 1.0, "adamw", moment_dtype="bfloat16")
     recycle = Recycle(length, 51, budget) if form == "paper" else Recycle(1, 50, budget)
     width = length + 50 if form == "paper" else length
 
@@ -228,7 +228,7 @@ def training_step(machine: str, model: str, form: str, length: int = 8192, budge
         return step.start(forward.stack_layers(params, config.num_hidden_layers), optimizer)
 
     shapes = jax.eval_shape(make)
-    places = sharding.shardings(shapes, mesh)
+    places = shardings(shapes, mesh)
     state = _placed(shapes, places)
     rows = mesh.shape["data"] * mesh.shape["fsdp"]
     tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
@@ -237,7 +237,7 @@ def training_step(machine: str, model: str, form: str, length: int = 8192, budge
         step.train_step,
         config=config,
         optimizer=optimizer,
-        attention=step.attention_over(mesh, lambda q, k, v, segments: training.recycled(q, k, v, recycle)),
+        attention=step.attention_over(mesh, lambda q, k, v, segments: whole_sequence.recycled(q, k, v, recycle)),
         mesh=mesh,
         accumulate=1,
         compute_dtype=jnp.bfloat16,

@@ -1,5 +1,5 @@
-"""The whole matrix, a JSON line a program, and the table of docs/results/tpu.md: hours of one core. It goes on where it
-was stopped.
+"""Compiles all programs, writes a JSON line per program, and prints the table of docs/results/tpu.md. Takes hours on
+one core; an interrupted run resumes.
 
     JAX_PLATFORMS=cpu python tests/tpu/matrix.py docs/results/tpu_aot.jsonl
 """
@@ -18,7 +18,7 @@ import aot
 
 
 def programs() -> list[tuple]:
-    """(machine, model, program, length, batch, layers)"""
+    """The programs to compile, as (machine, model, program, length, batch, layers)."""
     wanted = []
     for model, machine in (
         ("llama-3.2-1b", "v5e"),
@@ -42,7 +42,7 @@ def programs() -> list[tuple]:
 
 
 def table(out: Path) -> str:
-    """The rows in Markdown, faults judged anew."""
+    """The rows as a Markdown table; faults are checked again."""
     head = (
         "model",
         "chips",
@@ -91,7 +91,7 @@ def main(out: Path) -> int:
                 report.check(aot.MACHINES[machine])
             except AssertionError as fault:
                 row["fault"] = str(fault)
-        except Exception as error:  # what the compiler refuses is a result too
+        except Exception as error:  # a compiler error is a result too
             row = {"fault": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"}
         with out.open("a") as file:
             file.write(json.dumps({"asked": asked} | row) + "\n")

@@ -1,0 +1,1 @@
+"""Selection rules that were compared with look-ahead: `python -m eval.ideas`."""

@@ -1,0 +1,1 @@
+"""Perplexity under several decoding policies: `python -m eval.language_modeling`."""

@@ -1,0 +1,156 @@
+"""Perplexity under several decoding policies: `python -m eval.language_modeling`.
+
+As in section 4 of the paper, all but the last `--new-tokens` tokens of a sequence are prefilled with full attention;
+the last ones are fed one at a time under each policy. Every finished sequence is appended to OUT/results.jsonl, so the
+same command resumes an interrupted run."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from recyc_jax.commands import command_line
+from recyc_jax.commands.backends import Backend
+
+if TYPE_CHECKING:
+    from recyc_jax.commands.run_log import RunLog
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Measure the perplexity of decoding policies on long documents."""
+
+    model: str = "smollm2-135m"
+    """Hub id, folder in Hugging Face layout, .gguf file, or smollm2-135m."""
+    domains: str = "novels"
+    """Comma-separated: novels, essays, latex (182 MB to fetch); NAME=PATH to a file or folder; NAME=DATASET on the
+    hub."""
+    lengths: str = "1024"
+    """Comma-separated total lengths (context and scored tokens) in tokens."""
+    new_tokens: int = 256
+    """Tokens at the end of each sequence that are decoded one at a time and scored."""
+    sequences: int = 8
+    """Sequences per domain and length, or as many as there are."""
+    skip: int = 0
+    """Sequences per domain and length to skip first, in the seed's order, so that sequences used for tuning stay
+    out."""
+    policies: tuple[str, ...] = (
+        "full",
+        "recycled:budget=0.125,stride=10",
+        "recycled:budget=0.125,stride=10,lookahead=auto",
+        "streaming_llm:budget=0.125",
+    )
+    """Policies, separated by spaces; a budget with a decimal point is a fraction of the length."""
+    seed: int = 42
+    """Chooses the sequences."""
+    out: Path = Path("results/language_modeling")
+    """Results folder; an interrupted run resumes from it."""
+    batch_size: int = 8
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on accelerators, float32 on CPU."""
+    backend: Backend = "auto"
+    tensor: int = 0
+    """Devices that share each row's heads; other devices take other rows. 0: as many as divide the model."""
+    allow_beyond_context: bool = False
+    """Allow lengths beyond the model's context length."""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    config = tyro.cli(Config, prog="python -m eval.language_modeling", args=args)
+    return command_line.run(_prepare, config, f"the same command resumes from what {config.out} holds")
+
+
+def _prepare(config: Config) -> Callable[[], None]:
+    """Do everything up to and including the loading of weights; returns a function that does the rest."""
+    from eval.language_modeling import run
+    from eval.language_modeling import windows as cutting
+    from recyc_jax.commands import backends, documents
+    from recyc_jax.loading import identity, pretrained
+
+    lengths = command_line.lengths(config.lengths)
+    command_line.check_counts(sequences=config.sequences, batch_size=config.batch_size, new_tokens=config.new_tokens)
+    command_line.check_policies(config.policies, lengths)
+    if config.skip < 0:
+        raise ValueError(f"--skip {config.skip} must be 0 or more")
+    if config.new_tokens >= min(lengths):
+        raise ValueError(f"--new-tokens {config.new_tokens} leaves no context of --lengths {min(lengths)}")
+    specs = command_line.split("--domains", config.domains)
+    names = [spec.partition("=")[0] for spec in specs]
+    if len(set(names)) < len(names):
+        raise ValueError("--domains names a domain twice")
+    backends.select(config.backend, several_hosts=True)
+    folder = pretrained.resolve(config.model)
+    model_config = pretrained.read_config(folder)
+    command_line.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
+    tokenizer = pretrained.load_tokenizer(folder)
+    domains = [documents.load(spec) for spec in specs]
+    windows, notes = cutting.windows(
+        domains, lengths, tokenizer, count=config.sequences, skip=config.skip, seed=config.seed
+    )
+    for note in notes:
+        print(note, flush=True)
+
+    import jax.numpy as jnp
+
+    mesh = backends.mesh(config.tensor, model_config)
+    dtype = command_line.dtype_name(config.dtype)
+    sources = {
+        "weights": identity.of_weights(folder),
+        "dtype": dtype,
+        **{f"domain {domain.name}": domain.source for domain in domains},
+        "sequences": f"SHA-256 {cutting.digest_of(windows)}",
+    }
+    log = _open_log(config, lengths, names, sources)
+    todo = list(run.batches(windows, config.policies, config.batch_size, log))
+    report = functools.partial(_report, config, log, sources, notes)
+    if not todo:
+        return report
+    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype), mesh)
+    lm = pretrained.PretrainedLM(params, model_config, tokenizer)
+
+    def evaluate() -> None:
+        with backends.on(mesh):
+            run.evaluate(lm, todo, config.new_tokens, log)
+        report()
+
+    return evaluate
+
+
+def _open_log(config: Config, lengths: list[int], domains: list[str], sources: dict[str, str]) -> RunLog:
+    from recyc_jax.commands.run_log import RunLog
+
+    configuration = {
+        "model": config.model,
+        "domains": sorted(domains),
+        "lengths": sorted(lengths),
+        "new_tokens": config.new_tokens,
+        "policies": sorted(config.policies),
+        "seed": config.seed,
+        **sources,
+    }
+    return RunLog(config.out, configuration, ("policy", "domain", "length", "index"))
+
+
+def _report(config: Config, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
+    from eval.language_modeling import report
+    from recyc_jax.commands import hosts
+
+    if not hosts.is_first():
+        return
+    summary = report.summarise(log.rows, config.policies)
+    report.print_tables(summary)
+    lengths = list(dict.fromkeys(row["length"] for row in summary))
+    facts = command_line.facts(config, "eval.language_modeling", sources, scored=f"the last {config.new_tokens} tokens")
+    path = report.write(config.out, summary, facts, list(command_line.budgets(config.policies, lengths)), notes)
+    print(f"{path}, {path.parent / 'summary.json'} and {log.path} hold the results")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

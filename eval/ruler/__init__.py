@@ -1,0 +1,1 @@
+"""RULER under several decoding policies: `python -m eval.ruler`."""

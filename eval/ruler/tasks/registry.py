@@ -1,0 +1,20 @@
+"""RULER's tasks by name."""
+
+from __future__ import annotations
+
+from eval.ruler.tasks.base import Task
+from eval.ruler.tasks.cwe import CommonWords
+from eval.ruler.tasks.fwe import FrequentWords
+from eval.ruler.tasks.niah import KINDS, Niah
+from eval.ruler.tasks.qa import QuestionAnswering
+from eval.ruler.tasks.vt import VariableTracking
+
+TASKS: dict[str, type[Task]] = {
+    **dict.fromkeys(KINDS, Niah),
+    "vt": VariableTracking,
+    "cwe": CommonWords,
+    "fwe": FrequentWords,
+    "qa_1": QuestionAnswering,
+    "qa_2": QuestionAnswering,
+}
+ESSAY_TASKS = frozenset(name for name, kind in KINDS.items() if kind.haystack == "essay")

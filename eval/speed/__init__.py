@@ -1,0 +1,1 @@
+"""Time of a decode step, measured or estimated: `python -m eval.speed`."""

@@ -1,0 +1,1 @@
+"""Deprecated: this command is `python -m train.step_speed` now."""

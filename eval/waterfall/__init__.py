@@ -1,0 +1,1 @@
+"""Time of each kernel in a decode step: `python -m eval.waterfall`."""

@@ -1,0 +1,91 @@
+"""What an attention implementation offers to prefill, to policies and to the decode loop.
+
+`Implementation` itself is the plain one, `"reference"`. The kernels' implementations (`kernels/gpu`, `kernels/tpu`)
+override what they do better and inherit the rest; `implementations.py` finds them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from recyc_jax.attention import reference, selection
+from recyc_jax.attention.kept import KeptSlots
+from recyc_jax.cache import LayerCache
+from recyc_jax.config import LlamaConfig
+
+
+class Implementation:
+    """Plain jax.numpy. Letters as in `reference.py`. Functions take one layer, `keep` all layers at once."""
+
+    slots_last: bool = False
+    """The cache is stored as [B, K, H, S] (`cache.py`)."""
+    skips_rows: bool = False
+    """Rows that are not asked for (`rows`) cost nothing, so that a policy need not avoid them by a `lax.cond`."""
+    kept_set: Callable[..., Any] = KeptSlots
+    """Makes a kept set of slots [B, K, R] in rank order."""
+
+    # --- prefill
+
+    def chunk(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
+    ) -> Float[Array, "B C N H"]:
+        """Causal attention of C queries, the first in slot `offset`, over the cache that holds their keys."""
+        return reference.chunk(q, cached.keys, cached.values, starts, offset)
+
+    def chunk_with_mass(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K G S"]]:
+        """`chunk`, and the probability that each slot receives, summed over the queries."""
+        return reference.chunk_with_mass(q, cached.keys, cached.values, starts, offset)
+
+    def window_scores(
+        self, q: Float[Array, "B W N H"], cached: LayerCache, starts: Int[Array, " B"], length: Int[Array, ""]
+    ) -> Float[Array, "B K S"]:
+        """Each slot's score under the last W queries (`reference.window_scores`)."""
+        return reference.window_scores(q, cached.keys, starts, length)
+
+    # --- a full step
+
+    def full(self, q: Float[Array, "B N H"], cached: LayerCache, visible: Bool[Array, "B S"]) -> Float[Array, "B N H"]:
+        """One query per row over every visible slot, which are one run of slots in each row."""
+        return reference.full(q, cached.keys, cached.values, visible)
+
+    def full_with_log_probabilities(
+        self,
+        q: Float[Array, "B N H"],
+        cached: LayerCache,
+        visible: Bool[Array, "B S"],
+        rows: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
+        """`full`, and the log-probability of each visible slot under each query head, float32; other slots hold
+        anything. Only the results of `rows` (None: all rows) are needed."""
+        return reference.full_with_log_probabilities(q, cached.keys, cached.values, visible)
+
+    # --- a decode step, full or partial
+
+    def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any) -> Callable[..., Any] | None:
+        """What replaces the model's stack of decoder layers (`model.DecoderLayers`) in a decode step of `rows` rows;
+        None keeps the model's own."""
+        return None
+
+    # --- kept sets (`kept.py`)
+
+    def keep(
+        self, layers: Sequence[LayerCache], scores: Sequence[Float[Array, "B K S"]], budget: int, ordered: int
+    ) -> list[Any]:
+        """For each layer the kept set of its `budget` best slots by score, ties to the lower slot; slots of score -inf
+        are not kept. At least the last `ordered` entries, and the last one, are in exact rank order. All layers are
+        chosen at once: the selection of one layer is too little work for an accelerator, and takes as long to
+        compile."""
+        slots = selection.top_slots(jnp.stack(scores), budget)
+        return [self.kept_set(layer_slots) for layer_slots in slots]
+
+    def first_slots(self, cached: LayerCache, starts: Int[Array, " B"], count: int) -> Any:
+        """The kept set of each row's first `count` slots, whether written yet or not, the first ranked best."""
+        entries = jnp.arange(max(1, min(count, cached.capacity)), dtype=jnp.int32)
+        slots = jnp.where(entries < count, starts[:, None] + entries, -1)  # one entry at least, for the kernels
+        return self.kept_set(jnp.broadcast_to(slots[:, None], (*cached.keys.shape[:2], entries.size)))

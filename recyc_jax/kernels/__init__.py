@@ -1,0 +1,1 @@
+"""Kernels, by platform. `implementations.py` finds them by name."""

@@ -1,0 +1,61 @@
+"""The `"pallas_gpu"` implementation: Triton kernels for decode, prefill and selection, plain JAX for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from recyc_jax.attention.implementation import Implementation
+from recyc_jax.attention.kept import KeptSlots, Reads
+from recyc_jax.cache import LayerCache
+from recyc_jax.config import LlamaConfig
+from recyc_jax.kernels.gpu import decode_attention, decoder_layers, prefill_attention, top_slots
+
+
+@flax.struct.dataclass
+class KeptSlotsByKernel(KeptSlots):
+    """A kept set that a kernel reads by index where its slots lie in the cache."""
+
+    def attend(
+        self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, rows: Bool[Array, " B"] | None = None
+    ) -> Float[Array, "B N H"]:
+        return decode_attention.kept(q, cached.keys, cached.values, self.slots, reads, rows)
+
+
+class GPU(Implementation):
+    """As `Implementation`. On a CPU the kernels run only in Pallas' interpreter (`triton_call.INTERPRET`)."""
+
+    skips_rows = True  # a `lax.cond` keeps a GPU waiting for some 16 us
+    kept_set = KeptSlotsByKernel
+
+    def chunk(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
+    ) -> Float[Array, "B C N H"]:
+        # tensor cores multiply no float32, and tiles of wider heads do not fit in registers
+        if q.dtype.itemsize == 2 and q.shape[-1] <= 128:
+            return prefill_attention.chunk(q, cached.keys, cached.values, starts, offset)
+        return super().chunk(q, cached, starts, offset)
+
+    def full(self, q: Float[Array, "B N H"], cached: LayerCache, visible: Bool[Array, "B S"]) -> Float[Array, "B N H"]:
+        return decode_attention.full(q, cached.keys, cached.values, visible)
+
+    def full_with_log_probabilities(
+        self,
+        q: Float[Array, "B N H"],
+        cached: LayerCache,
+        visible: Bool[Array, "B S"],
+        rows: Bool[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
+        return decode_attention.full_with_log_probabilities(q, cached.keys, cached.values, visible, rows)
+
+    def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any) -> Callable[..., Any] | None:
+        return decoder_layers.run if decoder_layers.applies(config, rows, dtype) else None
+
+    def keep(
+        self, layers: Sequence[LayerCache], scores: Sequence[Float[Array, "B K S"]], budget: int, ordered: int
+    ) -> list[KeptSlots]:
+        return [self.kept_set(slots) for slots in top_slots.top_slots(jnp.stack(scores), budget, ordered)]

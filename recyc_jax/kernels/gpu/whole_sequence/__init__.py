@@ -1,0 +1,1 @@
+"""Recycled attention over whole sequences on NVIDIA GPUs, forward and backward."""

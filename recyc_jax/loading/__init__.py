@@ -1,0 +1,1 @@
+"""Loading and saving of models and tokenizers: the hub, safetensors, GGUF."""

@@ -1,0 +1,163 @@
+"""Prefill: prompts are read with full attention, chunk by chunk, and what policies need to know of them is kept."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int
+
+from recyc_jax import cache, implementations, model, sharding
+from recyc_jax import prompts as prompt_arrays
+from recyc_jax.attention.implementation import Implementation
+from recyc_jax.cache import KVCache, LayerCache, Leaf
+from recyc_jax.cached_attention import CachedAttention
+from recyc_jax.config import LlamaConfig
+from recyc_jax.model import Heads, Params
+from recyc_jax.policies.base import Policy, PromptNeeds, PromptStats
+from recyc_jax.policies.registry import as_policy
+from recyc_jax.validation import whole_number
+
+PREFILL_CHUNK = 1024
+PREFILL_TOKENS = 16384  # B * chunk at most: bounds the activations of a chunk whatever the batch
+CHUNK_MULTIPLE = 64  # longer chunks are multiples of this: matrix units want whole tiles
+
+
+@flax.struct.dataclass
+class Prefilled:
+    """Prompts that have been read: what `decode` starts from, under any policy that was named to `prefill`."""
+
+    cache: KVCache
+    logits: Leaf  # float32 [B, V]: of each row's last prompt token
+    stats: tuple[PromptStats, ...]  # what the named policies need, per layer
+    prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
+    room: int = flax.struct.field(pytree_node=False)  # new tokens that were asked for; the last one is never fed
+
+
+def prefill(
+    params: Params,
+    config: LlamaConfig,
+    prompts: Any,
+    *,
+    policies: Sequence[Policy | str] | Policy | str = (),
+    max_new_tokens: int = 64,
+    prompt_lengths: Any = None,
+    implementation: str | None = None,
+) -> Prefilled:
+    """The prompts' KV caches, next-token logits and what `policies` (policies or policy strings) need of them.
+
+    `prompts` is a list of ragged token-id lists, what a transformers tokenizer returns for several texts, or an int
+    array [B, T], right-padded, with `prompt_lengths` [B]. The cache has room for `max_new_tokens`. Attention is causal
+    and full over chunks of the prompt, so memory beyond the cache does not grow with T. Raises ValueError for empty
+    prompts and ids outside the vocabulary."""
+    max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
+    implementations.resolve(implementation)
+    named = (policies,) if isinstance(policies, Policy | str) else policies
+    needs = functools.reduce(operator.or_, (as_policy(policy).needs for policy in named), PromptNeeds())
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
+    if len(dtypes) > 1:
+        raise ValueError(f"params mix {' and '.join(sorted(dtypes))}: cast them to one dtype")
+    tokens, lengths = prompt_arrays.as_arrays(prompts, prompt_lengths, config)
+    rows = tokens.shape[0]
+    tokens, lengths = sharding.spread(tokens, "B-", rows), sharding.spread(lengths, "B", rows)
+    return read_prompts(params, tokens, lengths, config, max_new_tokens, needs, implementation)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "needs", "implementation"))
+def read_prompts(
+    params: Params,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    config: LlamaConfig,
+    max_new_tokens: int,
+    needs: PromptNeeds,
+    implementation: str | None,
+) -> Prefilled:
+    """The program behind `prefill`."""
+    attention = implementations.resolve(implementation)
+    batch, width = tokens.shape
+    chunk, chunks = _chunks(batch, width)
+    prompt_slots = chunks * chunk
+    starts = prompt_slots - lengths
+    # right-align: slot s of row b holds token s - starts[b]
+    positions = jnp.maximum(jnp.arange(prompt_slots, dtype=jnp.int32) - starts[:, None], 0)
+    tokens = jnp.take_along_axis(tokens, jnp.minimum(positions, width - 1), axis=1)
+    dtype = params["embedding"].dtype
+    slots = prompt_slots + max_new_tokens - 1
+    empty = cache.empty(config, batch, slots, dtype, starts, attention.slots_last)
+    layers = tuple((cached, _nothing_read(config, batch, cached, needs)) for cached in empty.layers)
+
+    def read_chunk(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        layers, _ = carry
+        offset = index * chunk
+        attend = CachedAttention(offset, functools.partial(_attend_chunk, attention, starts, offset))
+        chunk_tokens = lax.dynamic_slice_in_dim(tokens, offset, chunk, axis=1)
+        chunk_positions = lax.dynamic_slice_in_dim(positions, offset, chunk, axis=1)
+        hidden, layers = model.hidden_states(params, config, chunk_tokens, chunk_positions, attend, layers)
+        return layers, hidden[:, -1]
+
+    carry = (layers, jnp.zeros((batch, config.hidden_size), dtype))
+    # chunks that hold padding alone in every row are skipped
+    layers, hidden = lax.fori_loop(jnp.min(starts) // chunk, chunks, read_chunk, carry)
+    length = jnp.asarray(prompt_slots, jnp.int32)
+    stats = tuple(_stats(attention, cached, read, starts, length, needs) for cached, read in layers)
+    kv_cache = KVCache(tuple(cached for cached, _ in layers), starts, length)
+    return Prefilled(kv_cache, model.logits(params, config, hidden), stats, prompt_slots, max_new_tokens)
+
+
+def _chunks(batch: int, width: int) -> tuple[int, int]:
+    """The tokens of a chunk, and the number of chunks that hold `width` tokens."""
+    chunks = -(-width // max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch)))
+    chunk = -(-width // chunks)
+    if chunk > CHUNK_MULTIPLE:
+        chunk = -(-chunk // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+    return chunk, -(-width // chunk)
+
+
+@flax.struct.dataclass
+class _Read:
+    """What is kept of one layer while prompts are read."""
+
+    queries: Leaf  # [B, W, N, H]: the queries of the last W tokens read, after RoPE
+    q_before_rope: Leaf  # [B, N, H]: the query of the last token read, before RoPE
+    mass: Leaf | None  # float32 [B, K, G, S]: the attention that each key has received
+
+
+def _nothing_read(config: LlamaConfig, batch: int, cached: LayerCache, needs: PromptNeeds) -> _Read:
+    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    dtype, mass = cached.stored_keys.dtype, (batch, kv_heads, heads // kv_heads, cached.capacity)
+    return _Read(
+        jnp.zeros((batch, max(needs.windows, default=1), heads, dim), dtype),
+        jnp.zeros((batch, heads, dim), dtype),
+        jnp.zeros(mass, jnp.float32) if needs.mass else None,
+    )
+
+
+def _attend_chunk(
+    attention: Implementation, starts: Array, offset: Array, layer: int, heads: Heads, cached: LayerCache, read: _Read
+) -> tuple[Array, _Read]:
+    queries = jnp.concatenate([read.queries, heads.q], axis=1)[:, -read.queries.shape[1] :]
+    mass = read.mass
+    if mass is None:
+        out = attention.chunk(heads.q, cached, starts, offset)
+    else:
+        out, received = attention.chunk_with_mass(heads.q, cached, starts, offset)
+        mass = mass + received
+    return out, _Read(queries, heads.q_before_rope[:, -1], mass)
+
+
+def _stats(
+    attention: Implementation, cached: LayerCache, read: _Read, starts: Array, length: Array, needs: PromptNeeds
+) -> PromptStats:
+    scores = {
+        window: attention.window_scores(read.queries[:, -window:], cached, starts, length)
+        for window in sorted(needs.windows)
+    }
+    query = (read.queries[:, -1], read.q_before_rope) if needs.query else (None, None)
+    return PromptStats(scores, *query, read.mass)

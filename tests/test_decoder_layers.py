@@ -1,0 +1,139 @@
+"""The stack of decoder layers in a decode step: the GPU kernels, interpreted, against the model's own layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import triton as plt
+
+import recyc_jax as rj
+from recyc_jax import implementations, model, rope, sharding
+from recyc_jax.attention import reference
+from recyc_jax.cache import LayerCache, visible
+from recyc_jax.cached_attention import CachedAttention
+from recyc_jax.kernels.gpu import decoder_layers, products, triton_call
+from recyc_jax.kernels.gpu.products import Linear
+
+SLOT, CAPACITY = 5, 9
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(triton_call, "INTERPRET", jax.default_backend() == "cpu")
+
+
+def close(got, want):
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    # bfloat16: sums over two layers, rounded in a different order
+    tolerance = 2e-4 if want.dtype == jnp.float32 else 0.06
+    np.testing.assert_allclose(
+        np.asarray(got, np.float32), np.asarray(want, np.float32), atol=tolerance, rtol=tolerance
+    )
+
+
+def read(layer, heads, cached, state):
+    """Attend to everything, and add the queries before RoPE, so that every output of the projections is used."""
+    seen = visible(jnp.zeros(heads.q.shape[0], jnp.int32), jnp.int32(SLOT + 1), CAPACITY)
+    out = reference.full(heads.q[:, 0], cached.keys, cached.values, seen)
+    return (out + heads.q_before_rope[:, 0])[:, None], (heads.k, heads.v)
+
+
+@given(
+    rows=st.sampled_from((1, 2, 5, 16)),
+    width=st.sampled_from((16, 100, 576)),
+    heads=st.sampled_from(((4, 2, 16), (9, 3, 64), (3, 1, 80))),
+    dtype=st.sampled_from((jnp.float32, jnp.bfloat16)),
+    bias=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=2, deadline=None, derandomize=True)
+def test_kernels_agree(rows, width, heads, dtype, bias, seed):
+    """Outputs, heads and caches agree for any sizes, over two layers, so that one layer's stream feeds the next."""
+    count, kv_count, dim = heads
+    config = rj.LlamaConfig.tiny(
+        hidden_size=width,
+        intermediate_size=70,
+        num_attention_heads=count,
+        num_key_value_heads=kv_count,
+        head_dim=dim,
+        qkv_bias=bias,
+    )
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), dtype))
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(leaf.shape[0] if leaf.ndim > 1 else 1), dtype),
+        shapes,
+    )
+    x = jnp.asarray(rng.normal(size=(rows, 1, width)), dtype)
+    cos, sin = rope.angles(config, jnp.asarray(rng.integers(0, 500, (rows, 1)), jnp.int32))
+    states = tuple(
+        (LayerCache(*(jnp.asarray(rng.normal(size=(rows, kv_count, CAPACITY, dim)), dtype) for _ in range(2))), None)
+        for _ in range(2)
+    )
+    attend = CachedAttention(jnp.int32(SLOT), read)
+    run = implementations.resolve("pallas_gpu").decoder_layers(config, rows, dtype)
+    assert run is decoder_layers.run
+    got = run(params, config, x, cos, sin, attend, states)
+    want = model.Llama(config).apply({"params": params}, x, cos, sin, attend, states, method="decoder_layers")
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        close(one, other)
+
+
+def test_a_projection_added_to_the_stream():
+    """One product against numpy, with and without a norm after it (the last layer has none)."""
+    rng = np.random.default_rng(0)
+    x, residual, kernel = rng.normal(size=(2, 1, 70)), rng.normal(size=(2, 1, 48)), rng.normal(size=(70, 48))
+    scale = rng.normal(size=48)
+    x, residual, kernel, scale = (jnp.asarray(one, jnp.float32) for one in (x, residual, kernel, scale))
+    want = residual + x @ kernel
+    for norm in (scale, None):
+        stream = products.added(x, Linear(kernel), products.begin(residual, scale), norm)
+        np.testing.assert_allclose(stream.x, want, atol=1e-4)
+    assert stream.scaled is None
+    stream = products.added(x, Linear(kernel), products.begin(residual, scale), scale)
+    np.testing.assert_allclose(stream.scaled, want * scale, atol=1e-3)
+    np.testing.assert_allclose(stream.squares.sum(axis=-1), (want**2).sum(axis=-1), rtol=1e-4)
+
+
+def test_where_the_models_own_layers_run(config):
+    """The model's own layers run for too many rows; for float16, in which x times a norm's scale can overflow; for a
+    head dimension with too few contiguous columns; and over a mesh, whose matrix products only XLA can split."""
+    gpu = implementations.resolve("pallas_gpu")
+    wide = dataclasses.replace(config, head_dim=16)
+    assert gpu.decoder_layers(wide, 16, jnp.bfloat16) is decoder_layers.run
+    assert gpu.decoder_layers(wide, 17, jnp.bfloat16) is None
+    assert gpu.decoder_layers(wide, 1, jnp.float16) is None
+    assert gpu.decoder_layers(dataclasses.replace(config, head_dim=6), 1, jnp.bfloat16) is None
+    with jax.set_mesh(sharding.mesh(1, 1, 1, jax.devices()[:1])):
+        assert gpu.decoder_layers(wide, 1, jnp.bfloat16) is None
+    assert implementations.resolve("reference").decoder_layers(wide, 1, jnp.bfloat16) is None
+
+
+def test_calls_that_are_alike_are_traced_once(monkeypatch):
+    """Layers call the same kernels, so each is traced once, and once more if it is compiled instead of interpreted."""
+    traced = []
+
+    def doubled(x_ref, out_ref, *, times):
+        traced.append(times)
+        plt.store(out_ref.at[jnp.arange(16)], plt.load(x_ref.at[jnp.arange(16)]) * times)
+
+    def twice(x, times):
+        shape = [jax.ShapeDtypeStruct((16,), jnp.float32)]
+        for _ in range(2):
+            (x,) = triton_call.call(doubled, [x], shape, (1,), "doubled", warps=1, stages=1, times=times)
+        return x
+
+    x = jnp.ones(16, jnp.float32)
+    assert np.asarray(jax.jit(twice, static_argnums=1)(x, 2.0)).tolist() == [4.0] * 16
+    assert traced == [2.0]
+    jax.make_jaxpr(lambda x: twice(x, 3.0))(x)
+    assert traced == [2.0, 3.0]
+    if triton_call.INTERPRET:
+        monkeypatch.setattr(triton_call, "INTERPRET", False)
+        jax.make_jaxpr(lambda x: twice(x, 3.0))(x)
+        assert traced == [2.0, 3.0, 3.0]

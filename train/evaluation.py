@@ -1,0 +1,116 @@
+"""Perplexity on held-out documents under decoding policies."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import recyc_jax as rj
+from recyc_jax import sharding
+from recyc_jax.policies.registry import parse_policy
+from train.data import Corpus, Windows
+
+Row = dict[str, Any]
+
+
+class HeldOut(NamedTuple):
+    """Windows of held-out documents."""
+
+    tokens: np.ndarray  # int32 [E, T]
+    domains: tuple[str, ...]  # of each window
+
+    def ends(self, length: int) -> HeldOut:
+        """The last `length` tokens of each window."""
+        return HeldOut(self.tokens[:, -length:], self.domains)
+
+
+def windows(corpus: Corpus, documents: Sequence[int], length: int, count: int, seed: int) -> HeldOut:
+    """At most `count` windows of `length` tokens per domain, chosen at random."""
+    rows = Windows(corpus, documents, length)
+    chosen: list[int] = []
+    of_row = [corpus.domains[number] for number in rows.documents]
+    for domain in dict.fromkeys(of_row):
+        mine = [row for row, name in enumerate(of_row) if name == domain]
+        random.Random(f"{seed} {domain} evaluation").shuffle(mine)
+        chosen += mine[:count]
+    return HeldOut(np.stack([rows[row]["tokens"] for row in chosen]), tuple(of_row[row] for row in chosen))
+
+
+def evaluate(
+    params: Any,
+    config: rj.LlamaConfig,
+    mesh: Mesh,
+    held_out: HeldOut,
+    policies: Sequence[str],
+    new_tokens: int,
+    batch_size: int,
+    after_each: Callable[[], None],
+) -> list[Row]:
+    """One row per policy and domain: `nll`, the mean negative log-probability (nats per token) of the last `new_tokens`
+    tokens of the windows, decoded one at a time; its standard error over windows; `perplexity`, the exponential of
+    `nll`; and `difference`, the mean over windows of this policy's nll minus the first policy's, with its paired
+    standard error. `after_each` is called after each policy of a batch, and may raise."""
+    length = held_out.tokens.shape[1]
+    parsed = [parse_policy(policy, length) for policy in policies]
+    losses: dict[str, list[float]] = {policy: [] for policy in policies}
+    for begin in range(0, len(held_out.tokens), batch_size):
+        batch = held_out.tokens[begin : begin + batch_size]
+        size = len(batch)
+        batch = np.concatenate([batch, np.repeat(batch[:1], batch_size - size, axis=0)])  # one shape, so one program
+        prompts, rest = (_placed(part, mesh) for part in (batch[:, :-new_tokens], batch[:, -new_tokens:]))
+        state = rj.prefill(params, config, prompts, policies=parsed, max_new_tokens=new_tokens)
+        for name, policy in zip(policies, parsed, strict=True):
+            scores, state = rj.score_after(params, config, state, rest, policy=policy)
+            chances = _everywhere(scores.log_probabilities)[:size]
+            losses[name] += [-float(mean) for mean in chances.mean(axis=1)]
+            after_each()
+    rows = []
+    for policy in policies:
+        for domain in dict.fromkeys(held_out.domains):
+            mine = [number for number, name in enumerate(held_out.domains) if name == domain]
+            values = [losses[policy][number] for number in mine]
+            gaps = [losses[policy][number] - losses[policies[0]][number] for number in mine]
+            mean = statistics.fmean(values)
+            rows.append(
+                {
+                    "policy": policy,
+                    "domain": domain,
+                    "length": length,
+                    "new_tokens": new_tokens,
+                    "n": len(values),
+                    "nll": mean,
+                    "nll_stderr": _stderr(values),
+                    "perplexity": math.exp(mean),
+                    "difference": statistics.fmean(gaps),
+                    "difference_stderr": _stderr(gaps),
+                    "each": [round(value, 5) for value in values],
+                }
+            )
+    return rows
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _placed(tokens: np.ndarray, mesh: Mesh) -> Any:
+    """The tokens [B, T] with rows split over the devices, if their number divides evenly and there is one process."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if jax.process_count() > 1 or len(tokens) % parts:
+        return tokens
+    return jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
+
+
+def _everywhere(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

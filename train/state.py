@@ -1,0 +1,73 @@
+"""The train state of a run (shapes, shardings, values before the first step) and its compiled training step."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import recyc_jax as rj
+from recyc_jax import sharding, training_implementations
+from recyc_jax.loading import pretrained
+from train import forward, optimizer, step
+from train.run import Run
+
+
+def abstract_state(run: Run) -> step.TrainState:
+    """The shape, dtype and sharding of each leaf of the train state."""
+
+    def initial() -> step.TrainState:
+        params = rj.init_params(run.model, jax.random.key(0))
+        return step.start(forward.stack_layers(params, run.model.num_hidden_layers), run.optimizer)
+
+    shapes = jax.eval_shape(initial)
+    places = optimizer.shardings(shapes, run.mesh)
+    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, places)
+
+
+def abstract_batch(run: Run) -> dict[str, Any]:
+    at = NamedSharding(run.mesh, PartitionSpec(sharding.ROWS))
+    shape = (run.config.batch_size, run.config.length)
+    return {name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at) for name in run.rows[0]}
+
+
+def compiled_step(run: Run, state: Any) -> Any:
+    """The training step, compiled for the shapes and shardings of `state`."""
+    taken = functools.partial(
+        step.train_step,
+        config=run.model,
+        optimizer=run.optimizer,
+        attention=step.attention_over(run.mesh, training_implementations.attention(run.attention, run.recycle)),
+        mesh=run.mesh,
+        accumulate=run.config.accumulate,
+        compute_dtype=run.compute_dtype,
+        remat=run.config.remat,
+        z_loss=run.config.z_loss,
+    )
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(taken, donate_argnums=0, out_shardings=(places, NamedSharding(run.mesh, PartitionSpec())))
+    return jitted.lower(state, abstract_batch(run)).compile()
+
+
+def load_state(run: Run) -> step.TrainState:
+    """The train state before the first step, with the model's weights. They are read into host memory first, then
+    sharded, so that no device has to hold all of them."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS lists only accelerators
+        host = None
+    with jax.default_device(host):
+        params = pretrained.load_params(run.folder, run.model, jnp.float32)
+        stacked = jax.tree.map(np.asarray, forward.stack_layers(params, run.model.num_hidden_layers))
+    like = abstract_state(run)
+
+    def place(leaf: np.ndarray, target: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, target.sharding, lambda index: leaf[index])
+
+    placed = jax.tree.map(place, stacked, like.params)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(lambda params: step.start(params, run.optimizer), donate_argnums=0, out_shardings=places)(placed)
