@@ -3,15 +3,16 @@ the table explains the letters."""
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from recyc_jax.commands import numbers
+
 
 def number(value: float, digits: int = 2) -> float | None:
-    """`value`, rounded; None for NaN, which JSON does not have."""
-    return None if math.isnan(value) else round(value, digits)
+    """`value`, rounded; None if it is not finite, because JSON has neither NaN nor infinity."""
+    return numbers.finite(value, digits)
 
 
 def ordered(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:

@@ -7,18 +7,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from recyc_jax.tiny_shape import TINY
-from recyc_jax.validation import whole_number
+from recyc_jax.validation import real_number, whole_number
+
+_MOST_LAYERS = 1000  # a layer is a part of the program: more cannot be compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of the RoPE frequencies: `linear` (positions divided by `factor`) or `llama3` (Llama 3.1 and later)."""
+    """Scaling of the RoPE frequencies: `linear` (positions divided by `factor`) or `llama3` (Llama 3.1 and later). Raises
+    ValueError for another kind, and for numbers that the kind cannot take."""
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(f"RopeScaling kind={self.kind!r} is not supported; linear and llama3 are")
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            real_number(name, getattr(self, name), 1e-6, 1e6)
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor:g} must be below high_freq_factor={self.high_freq_factor:g}"
+            )
+        whole_number("original_max_position_embeddings", self.original_max_position_embeddings, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +64,10 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} must be at most {_MOST_LAYERS}")
+        real_number("rope_theta", self.rope_theta, 1e-6, 1e30)
+        real_number("rms_norm_eps", self.rms_norm_eps, 0.0, 1.0)
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
 
@@ -82,16 +100,15 @@ class LlamaConfig:
             max_position_embeddings=_whole(hf, "max_position_embeddings", 2048),
         )
         theta, scaling = _rope(hf, fields["max_position_embeddings"])
-        eos = hf.get("eos_token_id")
         return cls(
             **fields,
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=float(_given(hf, "rms_norm_eps", 1e-6)),
+            rms_norm_eps=real_number("rms_norm_eps", _given(hf, "rms_norm_eps", 1e-6), 0.0, 1.0),
             # Both families' Hugging Face classes untie by default.
-            tie_word_embeddings=bool(_given(hf, "tie_word_embeddings", False)),
+            tie_word_embeddings=_flag(hf, "tie_word_embeddings", False),
             qkv_bias=kind == "qwen2",
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
+            eos_token_ids=_ids(hf, "eos_token_id"),
         )
 
 
@@ -100,6 +117,20 @@ def _whole(hf: Mapping[str, Any], name: str, default: int | None = None) -> int:
     if value is None:
         raise ValueError(f"the config lacks the field {name!r}")
     return whole_number(name, value, 1)
+
+
+def _flag(hf: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = _given(hf, name, default)
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be true or false")
+    return value
+
+
+def _ids(hf: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """The token ids of a field that holds one, several or none."""
+    value = hf.get(name)
+    values = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    return tuple(whole_number(name, each, 0) for each in values)
 
 
 def _given(hf: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -121,34 +152,38 @@ def _reject_unsupported(hf: Mapping[str, Any], kind: str) -> None:
         value = hf.get(name)
         if value is not None and value != supported:
             raise ValueError(f"{name}={value!r} is not supported (only {supported!r} is)")
-    odd_layers = sorted(set(hf.get("layer_types") or ()) - {"full_attention"})
+    layers = hf.get("layer_types") or []
+    odd_layers = (
+        [layer for layer in layers if layer != "full_attention"] if isinstance(layers, list | tuple) else layers
+    )
     if odd_layers:
-        raise ValueError(f"layer_types has {odd_layers}: only 'full_attention' is supported")
+        raise ValueError(f"layer_types has {odd_layers!r}: only 'full_attention' is supported")
 
 
 def _rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` before it."""
     name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    rope = dict(hf.get(name) or {})
+    rope = hf.get(name) or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"{name}={rope!r} must be an object")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise ValueError(f"{name} differs by layer type, which is not supported")
-    theta = float(_given(rope, "rope_theta", _given(hf, "rope_theta", 10000.0)))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    theta = real_number("rope_theta", _given(rope, "rope_theta", _given(hf, "rope_theta", 10000.0)), 1e-6, 1e30)
+    if _given(rope, "partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"{name}.partial_rotary_factor={rope['partial_rotary_factor']!r} is not supported")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    try:
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, RopeScaling("linear", float(rope["factor"]))
-        if kind == "llama3":
-            return theta, RopeScaling(
-                "llama3",
-                float(rope["factor"]),
-                float(rope["low_freq_factor"]),
-                float(rope["high_freq_factor"]),
-                int(rope.get("original_max_position_embeddings", max_positions)),
-            )
-    except KeyError as error:
-        raise ValueError(f"{name} lacks the field {error.args[0]!r}") from None
+    kind = _given(rope, "rope_type", _given(rope, "type", "default"))
+
+    def number(field: str) -> float:
+        if rope.get(field) is None:
+            raise ValueError(f"{name} lacks the field {field!r}")
+        return real_number(f"{name}.{field}", rope[field], 1e-6, 1e6)
+
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling("linear", number("factor"))
+    if kind == "llama3":
+        frequencies = number("low_freq_factor"), number("high_freq_factor")
+        original = _given(rope, "original_max_position_embeddings", max_positions)
+        return theta, RopeScaling("llama3", number("factor"), *frequencies, original)
     raise ValueError(f"{name}.rope_type={kind!r} is not supported; default, linear and llama3 are")

@@ -22,7 +22,7 @@ from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.registry import as_policy
 from recyc_jax.prefilling import Prefilled, prefill
-from recyc_jax.sampling import Greedy, Sample
+from recyc_jax.sampling import Greedy, Sample, independent
 from recyc_jax.validation import whole_number
 
 
@@ -47,14 +47,20 @@ def generate(
     key: Any = None,
     prompt_lengths: Any = None,
     implementation: str | None = None,
+    allow_beyond_context: bool = False,
 ) -> Generation:
     """New tokens after each prompt under a policy, or under the policy that a string names (`parse_policy`).
 
     `prompts` is a list of ragged token-id lists (padded to a bucket of lengths: two calls of one bucket compile
     once), what a transformers tokenizer returns for several texts, or an int array [B, T], right-padded, with
-    `prompt_lengths` [B]; the array form also works inside `jax.jit`. A row's tokens do not depend on its neighbours.
+    `prompt_lengths` [B]; the array form also works inside `jax.jit`. In batches of one shape (rows, padded length,
+    `max_new_tokens`), a row's tokens are the same bit for bit whatever its neighbours hold and however long they are,
+    under every policy and in every dtype. Alone or in a batch of another shape they are the same up to rounding, since
+    matrix products then sum in another order: float32 tokens differ only where two choices nearly tie, bfloat16 tokens
+    often do within a few to some tens of steps.
     `eos_ids` is one id or several; None takes the config's, `()` none. `key` is one PRNG key or one per row. Raises
-    ValueError naming the argument at fault, before the prompts are read.
+    ValueError naming the argument at fault, before the prompts are read; also for prompts that with their new tokens
+    exceed the model's context, unless `allow_beyond_context`.
     """
     policy = as_policy(policy)
     _sampling_arguments(config, sampling, eos_ids, pad_id, key, None)  # only its checks, before the prompts are read
@@ -66,6 +72,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         prompt_lengths=prompt_lengths,
         implementation=implementation,
+        allow_beyond_context=allow_beyond_context,
     )
     out, _ = decode(
         params,
@@ -190,6 +197,7 @@ def _row_keys(key: Any, batch: int | None) -> Key[Array, " B"] | None:
         raise ValueError(f"sampling needs a key: pass key=jax.random.key(seed), not {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
+    key = independent(key)
     if batch is None:
         return None
     if key.shape not in ((), (batch,)):

@@ -36,7 +36,7 @@ class Heads(NamedTuple):
 Attend = Callable[[int, Heads, Any], tuple[Array, Any]]
 """(layer, heads, the layer's state) -> (attention's output [B, T, N, H], the layer's state after it)."""
 
-_WEIGHT_INIT = nn.initializers.normal(0.02)
+_WEIGHT_INIT = nn.initializers.normal(0.02, jnp.float32)  # also where jax_enable_x64 makes float64 the default
 
 
 class RMSNorm(nn.Module):
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         wide = x.astype(jnp.float32)
         wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
         return scale.astype(x.dtype) * wide.astype(x.dtype)
@@ -206,7 +206,7 @@ def forward(params: Params, config: LlamaConfig, tokens: Any) -> Float[Array, "B
 
     The plain parallel pass, for training and as the yardstick of `score`: it builds T x T logits per head and T x V
     outputs. To read long prompts use `prefill`. Raises ValueError for rows of different lengths and for ids outside the
-    vocabulary.
+    vocabulary; inside `jax.jit`, where ids are not known, the logits from such an id on are NaN.
     """
     return _forward(params, config, prompts.as_rectangle("tokens", tokens, config))
 
@@ -215,4 +215,5 @@ def forward(params: Params, config: LlamaConfig, tokens: Any) -> Float[Array, "B
 def _forward(params: Params, config: LlamaConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     hidden, _ = hidden_states(params, config, tokens, positions, attend_causally, (None,) * config.num_hidden_layers)
-    return logits(params, config, hidden)
+    outside = jnp.cumsum((tokens < 0) | (tokens >= config.vocab_size), axis=1, dtype=jnp.int32) > 0
+    return jnp.where(outside[..., None], jnp.nan, logits(params, config, hidden))

@@ -49,13 +49,16 @@ def prefill(
     max_new_tokens: int = 64,
     prompt_lengths: Any = None,
     implementation: str | None = None,
+    allow_beyond_context: bool = False,
 ) -> Prefilled:
     """The prompts' KV caches, next-token logits and what `policies` (policies or policy strings) need of them.
 
     `prompts` is a list of ragged token-id lists, what a transformers tokenizer returns for several texts, or an int
     array [B, T], right-padded, with `prompt_lengths` [B]. The cache has room for `max_new_tokens`. Attention is causal
     and full over chunks of the prompt, so memory beyond the cache does not grow with T. Raises ValueError for empty
-    prompts and ids outside the vocabulary."""
+    prompts, ids outside the vocabulary, and prompts that with their new tokens exceed the config's
+    `max_position_embeddings`, unless `allow_beyond_context` (inside `jax.jit`, where lengths are not known, nothing is
+    checked)."""
     max_new_tokens = whole_number("max_new_tokens", max_new_tokens, 1)
     implementations.resolve(implementation)
     named = (policies,) if isinstance(policies, Policy | str) else policies
@@ -64,6 +67,8 @@ def prefill(
     if len(dtypes) > 1:
         raise ValueError(f"params mix {' and '.join(sorted(dtypes))}: cast them to one dtype")
     tokens, lengths = prompt_arrays.as_arrays(prompts, prompt_lengths, config)
+    if not allow_beyond_context:
+        prompt_arrays.check_context(lengths, max_new_tokens, config)
     rows = tokens.shape[0]
     tokens, lengths = sharding.spread(tokens, "B-", rows), sharding.spread(lengths, "B", rows)
     return read_prompts(params, tokens, lengths, config, max_new_tokens, needs, implementation)

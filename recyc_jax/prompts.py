@@ -43,6 +43,20 @@ def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[I
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
+def check_context(lengths: Any, new_tokens: int, config: LlamaConfig) -> None:
+    """Raise ValueError if a prompt and its new tokens, the last of which is never fed, exceed the config's context.
+    Lengths that are traced, and so not known, are taken as given."""
+    if isinstance(lengths, Tracer):
+        return
+    longest = int(np.max(np.asarray(lengths)))
+    if longest + new_tokens - 1 > config.max_position_embeddings:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new_tokens} new ones exceed the model's context of "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings): shorten them, or pass "
+            "allow_beyond_context=True"
+        )
+
+
 def as_rectangle(name: str, tokens: Any, config: LlamaConfig) -> Int[Array, "B T"]:
     """Token ids [B, T] from an array or from lists of one length. Raises ValueError, with the argument's name, for rows
     of different lengths and as `as_arrays` does."""

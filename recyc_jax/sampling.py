@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,8 @@ class Sample:
     smallest set of them whose probability reaches `top_p`. None restricts nothing; the order of the two restrictions is
     that of Hugging Face's logits warpers.
 
-    Row b draws the token of step s with the key `fold_in(row_keys[b], s)`, so its draws do not depend on other rows.
+    Row b draws the token of step s with the key `fold_in(row_keys[b], s)`, so its draws do not depend on other rows;
+    keys of JAX's other generators than threefry are turned into threefry keys for that (`independent`).
     """
 
     temperature: float = 1.0
@@ -51,12 +53,34 @@ class Sample:
             threshold = lax.top_k(logits, self.top_k)[0][:, -1:]
             logits = jnp.where(logits < threshold, -jnp.inf, logits)
         if self.top_p is not None and self.top_p < 1:
-            descending = -jnp.sort(-logits, axis=-1)
-            probabilities = jax.nn.softmax(descending, axis=-1)
-            # a token is kept while the total probability of the tokens *before* it is below top_p, so the most likely
-            # token is always kept
-            is_kept = jnp.cumsum(probabilities, axis=-1) - probabilities < self.top_p
-            threshold = jnp.min(jnp.where(is_kept, descending, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < threshold, -jnp.inf, logits)
+            logits = jax.vmap(functools.partial(_nucleus, top_p=self.top_p))(logits)
         draw = jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, step), row))
-        return draw(row_keys, logits).astype(jnp.int32)
+        return draw(independent(row_keys), logits).astype(jnp.int32)
+
+
+def _nucleus(logits: Float[Array, " V"], top_p: float) -> Float[Array, " V"]:
+    """The logits of the smallest set of most likely tokens whose probability reaches `top_p`, -inf for the others. Of
+    equal tokens at the edge of the set those with lower ids are kept."""
+    order = jnp.argsort(-logits)  # stable: the lower id first
+    probabilities = jax.nn.softmax(logits[order])
+    # a token is kept while the total probability of the tokens *before* it is below top_p, so the most likely token is
+    # always kept
+    is_kept = jnp.cumsum(probabilities) - probabilities < top_p
+    return jnp.where(jnp.zeros_like(is_kept).at[order].set(is_kept), logits, -jnp.inf)
+
+
+def independent(keys: Key[Array, "..."]) -> Key[Array, "..."]:
+    """Keys that draw the same numbers whatever other keys a `jax.vmap` draws with: threefry keys as they are, others
+    (`rbg`, `unsafe_rbg`, whose batches draw from their first key alone) as threefry keys made of their bits."""
+    if str(jax.random.key_impl(keys)) == "threefry2x32":
+        return keys
+
+    def fold(words: Array) -> Key[Array, ""]:
+        key = jax.random.wrap_key_data(words[:2], impl="threefry2x32")
+        for word in words[2:]:
+            key = jax.random.fold_in(key, word)
+        return key
+
+    words = jax.random.key_data(keys)
+    flat = jax.vmap(fold)(words.reshape(-1, words.shape[-1]))
+    return flat.reshape(keys.shape)

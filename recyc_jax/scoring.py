@@ -37,12 +37,14 @@ def score(
     policy: Policy | str,
     context_length: int,
     implementation: str | None = None,
+    allow_beyond_context: bool = False,
 ) -> Float[Array, "B new"]:
     """Log-probabilities of tokens `context_length`..T-1 of [B, T], float32 [B, T - context_length].
 
     The first `context_length` tokens are prefilled (column 0 is prefill's prediction), the rest fed one at a time under
     the policy. Decode step s feeds token `context_length - 1 + s`, so a fixed schedule is full at tokens
-    `context_length - 1 + k * stride`. Not differentiable. Raises ValueError for rows of different lengths.
+    `context_length - 1 + k * stride`. Not differentiable. Raises ValueError for rows of different lengths,
+    and for rows beyond the model's context, unless `allow_beyond_context`.
     """
     tokens = prompt_arrays.as_rectangle("tokens", tokens, config)
     if not 1 <= context_length < tokens.shape[1]:
@@ -57,6 +59,7 @@ def score(
         policies=(policy,),
         max_new_tokens=tokens.shape[1] - context_length,
         implementation=implementation,
+        allow_beyond_context=allow_beyond_context,
     )
     scores, _ = score_after(
         params, config, state, tokens[:, context_length:], policy=policy, implementation=implementation

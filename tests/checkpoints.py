@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import recyc_jax as rj
-from recyc_jax.loading import pretrained
+from recyc_jax.loading import weights
 
 TEXT = (
     "The grass is green. One of the special magic numbers for quiet-river is: 4217350. What is the special magic number? "
@@ -35,7 +35,7 @@ def tokenizer(vocab_size=400):
 
 def hf_tensors(params, config):
     tensors = {}
-    for name, path in pretrained.hf_names(config).items():
+    for name, path in weights.hf_names(config).items():
         leaf = params
         for key in path:
             leaf = leaf[key]

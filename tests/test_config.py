@@ -29,6 +29,23 @@ def test_defaults_follow_hugging_face():
     assert rj.LlamaConfig.from_hf(HF | dict(model_type="qwen2")).qkv_bias
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(kind="yarn", factor=4.0), "kind='yarn' is not supported; linear and llama3 are"),
+        (dict(kind="dynamic", factor=4.0), "kind='dynamic' is not supported"),
+        (dict(kind="linear", factor=0.0), "factor=0 must lie in"),
+        (dict(kind="linear", factor=float("nan")), "factor=nan must lie in"),
+        (dict(kind="llama3", factor=8.0, low_freq_factor=4.0), "low_freq_factor=4 must be below high_freq_factor=4"),
+        (dict(kind="llama3", factor=8.0, original_max_position_embeddings=0), "must be at least 1"),
+    ],
+    ids=str,
+)
+def test_a_scaling_that_is_not_computed_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        rj.RopeScaling(**fields)
+
+
 def test_old_and_new_rope_fields_agree():
     scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     old = HF | dict(rope_theta=5e5, rope_scaling=scaling | dict(rope_type="llama3"))
@@ -59,11 +76,26 @@ def test_old_and_new_rope_fields_agree():
         ("num_attention_heads", 0),
         ("hidden_size", 66),
         ("dual_chunk_attention_config", {"chunk_size": 262144}),
+        ("eos_token_id", [2, None]),
+        ("eos_token_id", "two"),
+        ("eos_token_id", -1),
+        ("layer_types", 3),
+        ("layer_types", [["full_attention"]]),
+        ("rope_scaling", ["yarn"]),
+        ("rope_scaling", {"rope_type": ["llama3"]}),
+        ("factor", {"rope_scaling": {"rope_type": "linear", "factor": "two"}}),
+        ("rope_theta", float("nan")),
+        ("rope_theta", 10**400),
+        ("rms_norm_eps", "1e-5"),
+        ("tie_word_embeddings", "false"),
+        ("vocab_size", True),
+        ("vocab_size", 10**30),
+        ("num_hidden_layers", 10**6),
     ],
 )
 def test_what_is_not_supported_is_named(field, value):
     with pytest.raises(ValueError, match=field):
-        rj.LlamaConfig.from_hf(HF | {field: value})
+        rj.LlamaConfig.from_hf(HF | (value if field == "factor" else {field: value}))
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers"])

@@ -1,19 +1,22 @@
 """The training command: whole runs, what it refuses, and its flags and files."""
 
+import errno
 import shutil
 from pathlib import Path
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tyro
 from conftest import environment
-from training_runs import card, finish, metrics, saved_steps, train_rows
+from training_runs import finish, metrics, saved_steps, train_rows
 
 import recyc_jax as rj
+from recyc_jax.commands import corpus as token_files
 from recyc_jax.commands import documents
-from train import data
+from train import checkpoint, data
 from train import evaluation as evaluation_of_run
 from train.config import Config, with_files
 
@@ -38,11 +41,11 @@ def test_a_whole_run_with_evaluation_and_export(training_command, tmp_path, recy
     assert list((out / "tensorboard").glob("events*"))
     # the exported folder loads as a model and gives the perplexity that the run reported
     lm = rj.load_pretrained(str(out / "model"))
-    held = card(out, 3)["data"]["held_out"]
-    assert len(held) == 2
     texts = documents.load(arguments[arguments.index("--data") + 1])
-    corpus = data.tokenize([texts], lm.tokenizer, tmp_path / "tokens")
-    windows = evaluation_of_run.windows(corpus, data.hold_out(corpus, 0.2, 60, 42)[1], 60, 2, 42)
+    corpus = token_files.tokenize([texts], lm.tokenizer, tmp_path / "tokens")
+    held = data.hold_out(corpus, 0.2, 60, 42)[1]
+    assert len(held) == 2
+    windows = evaluation_of_run.windows(corpus, held, 60, 2, 42)
     scores = rj.score(lm.params, lm.config, jnp.asarray(windows.tokens), policy=rj.FullAttention(), context_length=52)
     np.testing.assert_allclose(-scores.mean(), full[3], rtol=1e-5)
 
@@ -83,7 +86,7 @@ def count_of(config):
     ("flags", "what"),
     [
         (dict(stride=13), "recycle's prefix was 52 and is 51 now"),
-        (dict(steps=13), "training's steps was 12 and is 13 now"),
+        (dict(warmup_steps=3), "training's warmup_steps was 5 and is 3 now"),
         (dict(seed=1), "data's seed was 42 and is 1 now"),
     ],
 )
@@ -94,13 +97,32 @@ def test_another_configuration_is_refused(training_command, straight_run, flags,
     assert f"holds a run of another configuration: {what}" in refused.stderr
 
 
+def test_a_run_grows_by_steps(training_command, straight_run, tmp_path):
+    """More steps go on from the last one, wherever the model lies; fewer than were taken are refused."""
+    out, command = tmp_path / "run", training_command(tmp_path / "run", steps=13)
+    shutil.copytree(straight_run, out)
+    model = command.index("--model") + 1
+    shutil.copytree(command[model], tmp_path / "the same model")
+    command[model] = f"{tmp_path}/the same model/"
+    done = finish(command)
+    assert done.returncode == 0, done.stderr
+    assert "--steps was 12 and is 13 now" in done.stdout
+    assert "goes on from step 12, to step 13" in done.stdout
+    assert train_rows(out)[:-1] == train_rows(straight_run)
+    fewer = finish(training_command(out, steps=8))
+    assert fewer.returncode == 2
+    assert "--steps 8: the run in --out" in fewer.stderr
+    assert "has taken 13; name at least as many" in fewer.stderr
+
+
 def test_a_forced_run_goes_on_with_another_configuration(training_command, straight_run, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(straight_run, out)
-    done = finish(training_command(out, "--force", steps=13))
+    done = finish(training_command(out, "--force", steps=13, clip=0.5))
     assert done.returncode == 0, done.stderr
+    assert "WARNING: --force: training's clip was 1.0 and is 0.5 now" in done.stdout
     assert train_rows(out)[:-1] == train_rows(straight_run)
-    other = finish(training_command(out, "--force", optimizer="adafactor"))
+    other = finish(training_command(out, "--force", steps=13, optimizer="adafactor"))
     assert other.returncode == 2
     assert "holds checkpoints of another shape" in other.stderr
 
@@ -136,6 +158,7 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_not_kept(training_comma
         (dict(preset="poem"), "--preset 'poem': there is paper"),
         (dict(attention="cudnn"), "--attention cudnn needs an NVIDIA GPU"),
         (dict(steps=-1), "--steps -1 must not be negative"),
+        (dict(save_minutes=-1), "--save-minutes -1.0 must be a number of at least 0"),
         (dict(epochs=3), "--epochs 3.0 needs --steps 0"),
         (dict(optimizer="adafactor", weight_decay=0.1), "--weight-decay 0.1 goes with --optimizer adamw alone"),
     ],
@@ -152,6 +175,79 @@ def test_bad_input_ends_a_process_with_status_2(training_command, run_module, tm
     done = run_module(*training_command(tmp_path / "run", stride=64))
     assert done.returncode == 2
     assert done.stderr == "error: --stride 64 leaves no context of --length 64\n"
+
+
+def test_checkpoints_by_time(training_command, tmp_path):
+    done = finish(training_command(tmp_path / "run", steps=3, save_every=0, save_minutes=1e-9))
+    assert done.returncode == 0, done.stderr
+    assert saved_steps(tmp_path / "run") == [1, 2, 3]
+    finish(training_command(tmp_path / "last", steps=3, save_every=0, save_minutes=0))
+    assert saved_steps(tmp_path / "last") == [3]
+
+
+def test_the_start_says_what_of_the_texts_is_used(training_command, tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(checkpoints.TEXT * 4 if number else "short.")
+    (texts / "empty.txt").write_text("\ufeff\n")
+    done = finish(training_command(tmp_path / "run", "--dry-run", data=f"mine={texts}"))
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("data mine: "))
+    assert line.startswith("data mine: 12 documents, ")
+    assert "dropped, shorter than a row: 1 documents, " in line
+    assert line.endswith("left out: 1 documents without any text")
+
+
+@pytest.mark.parametrize("name", ["runs [lr 1e-4]/a", "a*b?", "größer, 100% #1"])
+def test_any_folder_name_keeps_its_checkpoints(training_command, tmp_path, name):
+    assert finish(training_command(tmp_path / name, steps=2)).returncode == 0
+    done = finish(training_command(tmp_path / name, steps=3))
+    assert "goes on from step 2" in done.stdout, done.stderr
+
+
+def test_the_exported_model_may_be_a_link(training_command, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/model").symlink_to(tmp_path / "elsewhere")
+    for steps in (1, 2):
+        done = finish(training_command(tmp_path / "run", export=True, steps=steps))
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "elsewhere/model.safetensors").is_file()
+    assert (tmp_path / "run/model").is_symlink()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_other_files_in_the_place_of_the_model_are_not_replaced(training_command, tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/thesis.tex").write_text("years of work")
+    done = finish(training_command(tmp_path / "run", export=True))
+    assert done.returncode == 2
+    assert "model holds something else than a model" in done.stderr
+
+
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on(training_command, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    save = checkpoint.Checkpoints.save
+
+    def full(self, step, *args):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, step, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", full)
+        done = finish(training_command(out, steps=6, save_every=2))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: no space left in {out} ")
+    assert done.stderr.count("\n") == 1
+    assert "goes on from step 2" in finish(training_command(out, steps=6, save_every=2)).stdout
+
+
+def test_a_bucket_is_refused(training_command):
+    done = finish(training_command("gs://bucket/run"))
+    assert done.returncode == 2
+    assert "--out gs://bucket/run: results are written to a folder of this machine" in done.stderr
 
 
 def test_a_folder_that_cannot_be_written_is_refused(training_command, tmp_path):

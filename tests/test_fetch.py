@@ -38,9 +38,9 @@ def test_a_silent_hub_is_given_up_after_five_seconds(tmp_path):
 
 @pytest.fixture(autouse=True)
 def _forget():
-    fetch._out_of_reach.clear()
+    fetch._failed.clear()
     yield
-    fetch._out_of_reach.clear()
+    fetch._failed.clear()
 
 
 def test_an_absent_hub_is_no_error_and_asked_once(monkeypatch):
@@ -50,6 +50,25 @@ def test_an_absent_hub_is_no_error_and_asked_once(monkeypatch):
     assert time.monotonic() - began < 5
     monkeypatch.setattr(fetch, "_ask_hub", lambda *args: pytest.fail("asked again"))
     assert fetch.hub_answers("owner/other") is False
+
+
+def test_a_hub_that_was_slow_once_is_asked_again_later(monkeypatch):
+    answers = iter([TimeoutError(), "abc123"])
+    monkeypatch.setattr(fetch, "_ask_hub", lambda *args: next(answers))
+    assert fetch.hub_revision("owner/name") is None
+    assert fetch.hub_revision("owner/name") is None  # not asked
+    monkeypatch.setattr(fetch, "_ASK_AGAIN_S", 0)
+    assert fetch.hub_revision("owner/name") == "abc123"
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "socks://127.0.0.1:9", "nonsense"])
+def test_a_proxy_that_the_client_does_not_take_is_no_hub(tmp_path, proxy):
+    code = "from recyc_jax.loading import fetch; print(fetch.hub_answers('owner/name'))"
+    environment = {"ALL_PROXY": proxy, "HTTPS_PROXY": proxy, "HOME": str(tmp_path), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "False"
 
 
 def test_a_malformed_hub_id_is_named():

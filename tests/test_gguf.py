@@ -1,83 +1,21 @@
-"""GGUF files: weights in Hugging Face's order, and tokenizers that split like the original ones."""
+"""GGUF files: weights in Hugging Face's order, and no tensor or part of a file that is passed over."""
 
-import json
+import struct
 
-import checkpoints
 import chex
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf_files import metadata, model, permuted, refused, tensors, write, write_file
 
 import recyc_jax as rj
-from recyc_jax import rope
-from recyc_jax.loading import gguf_convert, gguf_tokenizer, pretrained
+from recyc_jax.loading import gguf_convert
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RECYC_JAX_CACHE", str(tmp_path / "cache"))
-
-
-def permuted(weight, heads):
-    """Interleave the two halves of each head, as llama.cpp's converter does to q and k."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
-def write(file, params, config, *, arch="llama", quantise=None, divisors=None, extra=()):
-    writer = gguf.GGUFWriter(file, arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.head_dim != config.hidden_size // config.num_attention_heads:
-        writer.add_key_length(config.head_dim)
-    for name, value in extra:
-        writer.add_string(name, value)
-    made = json.loads(checkpoints.tokenizer().to_str())["model"]
-    tokens = sorted(made["vocab"], key=made["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token == "<eos>" else 1 for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in made["merges"]])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{{ messages }}")
-    names = {hf: ours for ours, hf in gguf_convert._NAMES.items()} | {
-        hf: o for o, hf in gguf_convert._TOP_NAMES.items()
-    }
-    for name, tensor in checkpoints.hf_tensors(params, config).items():
-        stem, _, kind = name.rpartition(".")
-        layer, prefix = "", stem
-        if stem.startswith("model.layers."):
-            number, _, prefix = stem.removeprefix("model.layers.").partition(".")
-            layer = f"blk.{number}."
-        if arch == "llama" and prefix.endswith(("q_proj", "k_proj")):
-            tensor = permuted(tensor, config.num_attention_heads if "q_proj" in prefix else config.num_key_value_heads)
-        target = f"{layer}{names[prefix]}.{kind}"
-        if quantise is not None and tensor.ndim == 2:
-            writer.add_tensor(target, gguf.quants.quantize(tensor, quantise), raw_dtype=quantise)
-        else:
-            writer.add_tensor(target, tensor)
-    if divisors is not None:
-        writer.add_tensor("rope_freqs.weight", divisors.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def model(**overrides):
-    shape = dict(vocab_size=400, rms_norm_eps=1e-5, rope_theta=1e5) | overrides
-    config = rj.LlamaConfig.tiny(**shape, eos_token_ids=(0,))
-    return rj.init_params(config, jax.random.key(4)), config
 
 
 @pytest.mark.parametrize(
@@ -113,28 +51,6 @@ def test_other_types_are_dequantised(tmp_path, name):
     np.testing.assert_array_equal(loaded["final_norm"]["scale"], params["final_norm"]["scale"])
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama3_scaling_is_recognised(tmp_path, factor):
-    params, config = model(head_dim=64, rope_theta=5e5)
-    scaled = rj.LlamaConfig(**vars(config) | dict(rope_scaling=rj.RopeScaling("llama3", factor)))
-    divisors = rope.inverse_frequencies(config) / rope.inverse_frequencies(scaled)
-    write(tmp_path / "m.gguf", params, config, divisors=divisors)
-    assert rj.load_pretrained(str(tmp_path / "m.gguf")).config == scaled
-    write(tmp_path / "odd.gguf", params, config, divisors=divisors * 2)
-    with pytest.raises(ValueError, match=r"odd\.gguf: rope_freqs\.weight is not"):
-        rj.load_pretrained(str(tmp_path / "odd.gguf"))
-
-
-def test_what_is_not_supported_is_named(tmp_path):
-    params, config = model()
-    write(tmp_path / "m.gguf", params, config, arch="gemma")
-    with pytest.raises(ValueError, match=r"m\.gguf: general\.architecture='gemma' is not supported"):
-        rj.load_pretrained(str(tmp_path / "m.gguf"))
-    write(tmp_path / "yarn.gguf", params, config, extra=[("llama.rope.scaling.type", "yarn")])
-    with pytest.raises(ValueError, match=r"rope\.scaling\.type='yarn'"):
-        rj.load_pretrained(str(tmp_path / "yarn.gguf"))
-
-
 def test_a_type_that_cannot_be_dequantised_is_named(tmp_path, monkeypatch):
     params, config = model()
     write(tmp_path / "m.gguf", params, config)
@@ -146,8 +62,7 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path, monkeypatch):
         return dequantize(data, gguf.GGMLQuantizationType.Q8_K)
 
     monkeypatch.setattr(gguf.quants, "dequantize", refuse)
-    with pytest.raises(ValueError, match=r"m\.gguf: tensor token_embd\.weight has type F32, which is not supported"):
-        rj.load_pretrained(str(tmp_path / "m.gguf"))
+    refused(tmp_path / "m.gguf", r"m\.gguf: tensor token_embd\.weight has type F32, which is not supported")
 
 
 def test_large_files_are_converted_in_shards(tmp_path, monkeypatch):
@@ -159,10 +74,97 @@ def test_large_files_are_converted_in_shards(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(lm.params, params)
 
 
-def test_ends_of_turns_and_messages_end_too():
-    fields = {f"tokenizer.ggml.{name}_token_id": number for name, number in (("eos", 9), ("eot", 7), ("eom", 9))}
-    assert gguf_convert._eos_ids(fields) == [9, 7]
-    assert gguf_convert._eos_ids({}) == []
+@pytest.mark.parametrize("zeros", [(), ("attn_output",), ("attn_output", "ffn_up", "ffn_gate", "ffn_down")], ids=str)
+def test_llama_with_biases_in_q_k_and_v(tmp_path, zeros):
+    """They are interleaved as the weights are; biases of zeros elsewhere change nothing."""
+    params, config = model(qkv_bias=True)
+    sizes = dict(attn_output=config.hidden_size, ffn_down=config.hidden_size)
+    more = {
+        f"blk.{layer}.{name}.bias": np.zeros(sizes.get(name, config.intermediate_size), np.float32)
+        for name in zeros
+        for layer in range(config.num_hidden_layers)
+    }
+    file = write(tmp_path / "m.gguf", params, config, more=more)
+    lm = rj.load_pretrained(str(file), dtype=jnp.float32)
+    assert lm.config == config
+    chex.assert_trees_all_equal(lm.params, params)
+
+
+def test_llama_with_biases_of_zeros_is_llama(tmp_path):
+    params, config = model()
+    sizes = dict(attn_q=config.num_attention_heads * config.head_dim, attn_output=config.hidden_size)
+    more = {f"blk.1.{name}.bias": np.zeros(size, np.float32) for name, size in sizes.items()}
+    lm = rj.load_pretrained(str(write(tmp_path / "m.gguf", params, config, more=more)), dtype=jnp.float32)
+    assert lm.config == config
+    chex.assert_trees_all_equal(lm.params, params)
+
+
+def test_llama_with_biases_has_the_logits_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch", reason="the reference extra (torch) is not installed")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    hf = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**shape, num_key_value_heads=2, attention_bias=True, initializer_range=0.2)
+    ).eval()
+    names = {hf_name: ours for ours, hf_name in (gguf_convert._NAMES | gguf_convert._TOP_NAMES).items()}
+    weights = {}
+    for name, parameter in hf.named_parameters():
+        if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            torch.nn.init.normal_(parameter, std=0.5)
+        stem, _, kind = name.replace("model.layers.0.", "").rpartition(".")
+        heads = dict(q_proj=4, k_proj=2).get(stem.rpartition(".")[2])
+        array = parameter.detach().numpy()
+        block = "blk.0." if "layers" in name else ""
+        weights[f"{block}{names[stem]}.{kind}"] = np.ascontiguousarray(permuted(array, heads) if heads else array)
+    ours = rj.LlamaConfig.from_hf(hf.config.to_dict() | dict(attention_bias=False))
+    lm = rj.load_pretrained(str(write_file(tmp_path / "m.gguf", metadata(ours), weights)), dtype=jnp.float32)
+    tokens = np.arange(2, 60)[None]
+    got = rj.forward(lm.params, lm.config, jnp.asarray(tokens))
+    np.testing.assert_allclose(got, hf(torch.tensor(tokens)).logits.detach(), atol=2e-5)
+
+
+VECTOR = np.full(8, 0.5, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"blk.0.attn_q.bias": VECTOR}, r"blk\.0\.attn_k\.bias is missing|blk\.0\.attn_q\.bias has shape"),
+        ({"blk.1.attn_output.bias": VECTOR}, r"blk\.1\.attn_output\.bias is a bias"),
+        ({"blk.0.ffn_up.bias": VECTOR}, r"blk\.0\.ffn_up\.bias is a bias"),
+        ({"blk.0.attn_norm.bias": VECTOR}, r"blk\.0\.attn_norm\.bias is a bias"),
+        ({"output_norm.bias": VECTOR}, r"output_norm\.bias is a bias"),
+        ({"output.bias": VECTOR}, r"output\.bias is a bias"),
+        ({"blk.0.attn_q_norm.weight": VECTOR}, r"blk\.0\.attn_q_norm\.weight is not part of"),
+        ({"blk.0.attn_sinks.bias": VECTOR}, r"blk\.0\.attn_sinks\.bias is not part of"),
+        ({"blk.0.attn_q.scale": VECTOR}, r"blk\.0\.attn_q\.scale is not part of"),
+        ({"rope_factors_long.weight": VECTOR}, r"rope_factors_long\.weight is not part of"),
+        ({"blk.2.attn_norm.weight": VECTOR}, r"blk\.2\.attn_norm\.weight is of a block beyond"),
+        ({"blk.17.attn_q.bias": 0 * VECTOR}, r"blk\.17\.attn_q\.bias is of a block beyond"),
+        ({"blk.1.ffn_down.weight": None}, r"tensor blk\.1\.ffn_down\.weight is missing"),
+        ({"output_norm.weight": None}, r"tensor output_norm\.weight is missing"),
+        ({"token_embd.weight": None}, r"tensor token_embd\.weight is missing"),
+        ({"blk.1.attn_norm.weight": VECTOR}, r"blk\.1\.attn_norm\.weight has shape \[8\], the metadata ask for \[32\]"),
+        ({"output.weight": np.ones((400, 64), np.float32)}, r"output\.weight has shape \[400, 64\]"),
+        (
+            {"token_embd.weight": np.ones((100, 32), np.float32)},
+            r"tokens has \d+ entries, .* has 100 rows|output\.weight",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_tensors_that_are_missing_odd_or_too_many_are_named(tmp_path, more, message):
+    refused(write(tmp_path / "m.gguf", *model(), more=more), rf"m\.gguf: .*({message})")
+
+
+def test_qwen2_needs_its_biases_and_has_no_others(tmp_path):
+    params, config = model(qkv_bias=True)
+    for name, value, message in [
+        ("blk.1.attn_v.bias", None, r"blk\.1\.attn_v\.bias is missing"),
+        ("blk.0.attn_output.bias", VECTOR, r"blk\.0\.attn_output\.bias is a bias"),
+    ]:
+        refused(write(tmp_path / "m.gguf", params, config, arch="qwen2", more={name: value}), message)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 1000, 0.5, 0.99])
@@ -172,73 +174,78 @@ def test_a_truncated_file_is_named(tmp_path, kept):
     write(file, params, config)
     data = file.read_bytes()
     file.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=r"m\.gguf: not a complete GGUF file"):
-        rj.load_pretrained(str(file))
-    assert not list((tmp_path / "cache").glob("*"))
+    refused(file, r"m\.gguf: not a complete GGUF file")
 
 
-def byte_level(pre, **more):
-    made = json.loads(checkpoints.tokenizer().to_str())["model"]
-    tokens = sorted(made["vocab"], key=made["vocab"].get)
-    fields = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": [" ".join(merge) for merge in made["merges"]],
-        "tokenizer.ggml.token_type": [3 if token == "<eos>" else 1 for token in tokens],
-        "tokenizer.ggml.bos_token_id": 0,
-    }
-    return gguf_tokenizer.build(fields | more)[0]
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"GGUF", b"GGML", "does not begin with GGUF"),
+        (struct.pack("<I", 3), struct.pack("<I", 1), "GGUF's version 1"),
+        (struct.pack("<I", 3), struct.pack("<I", 4), "GGUF's version 4"),
+        (b"blk.1.attn_q.weight", b"blk.0.attn_q.weight", r"tensor 'blk\.0\.attn_q\.weight' is there twice"),
+        (b"llama.block_count", b"llama.rope.typo_X", r"llama\.rope\.typo_X=2 is not supported"),
+        (b"general.architecture", b"llama.attention.scal", r"field 'general\.architecture' is missing"),
+        (b"llama.block_count", b"llama.feed_\xff\xfecount", "not UTF-8"),
+        # lengths of a list, of a text and of a tensor, each as one damaged byte leaves it
+        (struct.pack("<IIQ", 9, 5, 400)[:-8], struct.pack("<IIQ", 9, 55, 400)[:-8], "type 55"),
+        (
+            b"\x08\x00\x00\x00\x05\x00\x00\x00\x00\x00\x00\x00llama",
+            b"\x08\x00\x00\x00\x05\x00\x00\x00\x00\x00\x01\x00llama",
+            "ends within",
+        ),
+        (struct.pack("<QQ", 32, 400), struct.pack("<QQ", 32, 1 << 60), "ends within the tensor"),
+    ],
+    ids=str,
+)
+def test_a_damaged_file_is_named(tmp_path, old, new, message):
+    file = write(tmp_path / "m.gguf", *model())
+    data = file.read_bytes()
+    assert old in data
+    file.write_bytes(data.replace(old, new, 1))
+    refused(file, rf"m\.gguf: .*{message}")
 
 
-def pieces(tokenizer, text):
-    return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+def test_the_length_of_a_list_is_checked_before_it_is_read(tmp_path):
+    file = write(tmp_path / "m.gguf", *model(), extra={"general.layers": [7] * 11})
+    data = file.read_bytes()
+    for damaged in (1 << 40, (1 << 64) - 1):
+        at = data.index(struct.pack("<Q", 11), data.index(b"general.layers"))
+        file.write_bytes(data[:at] + struct.pack("<Q", damaged) + data[at + 8 :])
+        refused(file, "ends within its header")
 
 
-def test_pre_tokenizers():
-    text = "It's 1234567 o'clock\n\nnow"
-    assert pieces(byte_level("smollm"), text)[2:9] == ["Ġ", "1", "2", "3", "4", "5", "6"]
-    assert pieces(byte_level("llama-bpe"), text)[2:6] == ["Ġ", "123", "456", "7"]
-    assert pieces(byte_level("qwen2"), text)[2:6] == ["Ġ", "1", "2", "3"]
-    assert pieces(byte_level("gpt-2"), text)[2] == "Ġ1234567"
-    assert pieces(byte_level("llama-bpe"), text)[-2:] == ["ĊĊ", "now"]
-    assert byte_level("llama-bpe").encode("is").ids[0] == 0  # BOS comes first
-    assert byte_level("smollm").encode("is").ids[0] != 0
-    assert byte_level("smollm", **{"tokenizer.ggml.add_bos_token": True}).encode("is").ids[0] == 0
-    assert byte_level("smollm").encode("a<eos>b").ids[1] == 0
-    with pytest.raises(ValueError, match="pre='deepseek'"):
-        byte_level("deepseek")
-    with pytest.raises(ValueError, match="model='bert'"):
-        byte_level("smollm", **{"tokenizer.ggml.model": "bert"})
+def test_a_tensor_that_lies_elsewhere_is_named(tmp_path):
+    """A damaged offset would read another tensor's bytes."""
+    file = write(tmp_path / "m.gguf", *model())
+    data = bytearray(file.read_bytes())
+    at = data.index(b"blk.0.attn_k.weight") + len(b"blk.0.attn_k.weight") + 4 + 2 * 8 + 4
+    data[at : at + 8] = struct.pack("<Q", 0)
+    file.write_bytes(data)
+    refused(file, r"'blk\.0\.attn_k\.weight' does not begin where the one before it ends")
 
 
-def test_sentencepiece():
-    """Merges by score, byte fallback, a space before the text, BOS first; decoding returns the text."""
-    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"ehlotr"]
-    words = {"he": -1.0, "ll": -2.0, "hell": -3.0, "hello": -4.0, "▁hello": -5.0, "▁t": -6.0, "lo": -0.5}
-    fields = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [*letters, *words],
-        "tokenizer.ggml.scores": [0.0] * len(letters) + list(words.values()),
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(letters) - 259 + len(words)),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
-    tokenizer, config = gguf_tokenizer.build(fields)
-    assert config["bos_token"] == "<s>"
-    # "lo" has the best score, so it is merged before "ll"
-    assert tokenizer.encode("hello the").tokens == ["<s>", "▁", "he", "l", "lo", "▁t", "he"]
-    assert tokenizer.encode("é").tokens == ["<s>", "▁", "<0xC3>", "<0xA9>"]
-    assert tokenizer.decode(tokenizer.encode("hello thé").ids) == "hello thé"
+def test_big_endian_files_are_refused(tmp_path):
+    file = write(tmp_path / "m.gguf", *model(), endianess=gguf.GGUFEndian.BIG)
+    refused(file, r"m\.gguf: .*big-endian.*gguf-convert-endian")
 
 
-def test_the_packaged_smollm2():
-    """The alias resolves to a complete model, whose tokenizer splits digits one by one."""
-    folder = pretrained.resolve("smollm2-135m")
-    tokenizer = pretrained.load_tokenizer(folder)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("is 1234567")["input_ids"]) == ["is", "Ġ", *"1234567"]
-    text = "Café №12\n\n\t«The magic number» is 55-01 … 🙂"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    chat = tokenizer.apply_chat_template([dict(role="user", content="Hi")], tokenize=False, add_generation_prompt=True)
-    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert tokenizer(chat)["input_ids"].count(1) == 3
+def test_alignments(tmp_path):
+    params, config = model()
+    for alignment in (8, 128):
+        file = tmp_path / f"a{alignment}.gguf"
+        writer = gguf.GGUFWriter(file, "llama")
+        writer.add_custom_alignment(alignment)
+        for key, value in metadata(config).items():
+            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+            add[type(value)](key, value)
+        for name, tensor in tensors(params, config).items():
+            writer.add_tensor(name, tensor)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        chex.assert_trees_all_equal(rj.load_pretrained(str(file), dtype=jnp.float32).params, params)
+    refused(
+        write(tmp_path / "odd.gguf", params, config, extra={"general.alignment": 24}), "alignment=24 is not a power"
+    )

@@ -71,7 +71,7 @@ def test_greedy_tokens_equal(pair):
         expected = model.generate(
             torch.tensor(prompt)[None], max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, 50:]
-    out = rj.generate(params, config, [prompt.tolist()], max_new_tokens=24, eos_ids=())
+    out = rj.generate(params, config, [prompt.tolist()], max_new_tokens=24, eos_ids=(), allow_beyond_context=True)
     assert out.tokens[0].tolist() == expected.tolist()
 
 

@@ -41,7 +41,7 @@ def test_an_interrupt_ends_the_step_and_saves(training_command, straight_run, st
     assert steps[-1] == lines(out) < STEPS
     done = finish(training_command(out))
     assert done.returncode == 0, done.stderr
-    assert f"resumes from step {steps[-1]}" in done.stdout
+    assert f"goes on from step {steps[-1]}" in done.stdout
     assert_same(out, straight_run)
 
 
@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over(training_command, straight_run, tmp
     done = finish(training_command(out))
     assert done.returncode == 0, done.stderr
     assert f"checkpoints/{STEPS} is damaged and is passed over" in done.stderr
-    assert f"resumes from step {STEPS - SAVE_EVERY}" in done.stdout
+    assert f"goes on from step {STEPS - SAVE_EVERY}" in done.stdout
     assert_same(out, straight_run)
 
 

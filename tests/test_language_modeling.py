@@ -16,7 +16,7 @@ import recyc_jax as rj
 from eval.language_modeling import report
 from eval.language_modeling.windows import windows
 from recyc_jax.commands import documents
-from recyc_jax.loading import pretrained
+from recyc_jax.loading.tokenizer import load_tokenizer
 
 POLICIES = ("full", "recycled:budget=0.125,check_every=4,threshold=0.3", "streaming_llm:budget=400", "h2o:budget=0.2")
 
@@ -32,8 +32,8 @@ def model(tmp_path_factory):
     return folder
 
 
-def command(model, out, *more, **options):
-    default = dict(model=model, domains=f"prose={model}/prose.txt,rows={model}/rows.jsonl", lengths="200")
+def command(folder, out, *more, **options):
+    default = dict(model=folder, domains=f"prose={folder}/prose.txt,rows={folder}/rows.jsonl", lengths="200")
     default |= {"new-tokens": 16, "sequences": 4, "batch-size": 3, "out": out}
     flags = [part for name, value in (default | options).items() for part in (f"--{name}", value)]
     return ["eval.language_modeling", *map(str, flags), "--policies", *POLICIES, *more]
@@ -78,6 +78,26 @@ def test_a_whole_run(finished):
     assert "perplexity at 120 tokens" in printed
 
 
+def test_windows_begin_with_bos_where_the_tokenizer_adds_it(model, tmp_path):
+    shutil.copytree(model, tmp_path / "m")
+    file = tmp_path / "m/tokenizer.json"
+    bos = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [0], "tokens": ["<eos>"]}},
+    }
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
+    tokenizer = load_tokenizer(tmp_path / "m")
+    domains = [documents.load(f"prose={model}/prose.txt")]
+    text = tokenizer((model / "prose.txt").read_text(), add_special_tokens=False)["input_ids"]
+    found, _ = windows(domains, [100], tokenizer, count=9, skip=0, seed=1)
+    assert len(found) == 9
+    for window in found:
+        assert list(window.tokens) == [0, *text[window.offset : window.offset + 99]]
+
+
 def test_rows_are_what_score_says(finished, model):
     """The nll of a row can be reproduced from its document, offset and policy with `score`."""
     lm = rj.load_pretrained(str(model))
@@ -95,13 +115,77 @@ def test_rows_are_what_score_says(finished, model):
 
 def test_a_finished_run_is_not_repeated(finished, model, call_module, tmp_path, monkeypatch):
     shutil.copytree(finished[0], tmp_path / "out")
-    monkeypatch.setattr("recyc_jax.loading.pretrained.load_params", None)  # not even weights are read
+    monkeypatch.setattr("recyc_jax.loading.weights.load_params", None)  # not even weights are read
     done = call_module(*command(model, tmp_path / "out", lengths="200,120"))
     assert done.returncode == 0
     assert rows(tmp_path / "out") == rows(finished[0])
-    refused = call_module(*command(model, tmp_path / "out", lengths="200"))
+    # a part of it is reported without being measured again, and what is there stays
+    part = call_module(*command(model, tmp_path / "out", lengths="200", sequences=2))
+    assert part.returncode == 0
+    assert rows(tmp_path / "out") == rows(finished[0])
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert {(row["length"], row["n"]) for row in summary} == {(200, 2)}
+
+
+def test_a_run_grows(finished, model, call_module, tmp_path):
+    """Further lengths, sequences and policies are added, and are what a run with all of them from the start gives."""
+    out = tmp_path / "out"
+    usual = ["full", "streaming_llm:budget=400"]
+
+    def grown(out, policies, **options):
+        return call_module(*command(model, out, **options)[: -len(POLICIES)], *policies)
+
+    assert grown(out, usual[:1], sequences=2).returncode == 0
+    first = rows(out)
+    assert grown(out, usual, sequences=4, lengths="200,120").returncode == 0
+    assert rows(out)[: len(first)] == first
+
+    def results(out):
+        return {
+            (row["policy"], row["domain"], row["length"], row["index"]): (row["sample"], round(row["nll"], 4))
+            for row in rows(out)
+            if row["policy"] in usual
+        }
+
+    assert results(out) == results(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"), [("seed", 7, "seed"), ("new-tokens", 8, "new_tokens"), ("dtype", "bfloat16", "dtype")]
+)
+def test_what_would_change_rows_is_refused_by_name(finished, model, call_module, tmp_path, option, value, name):
+    shutil.copytree(finished[0], tmp_path / "out")
+    refused = call_module(*command(model, tmp_path / "out", **{option: value}))
     assert refused.returncode == 2
-    assert "holds another configuration: lengths was [120, 200] and is [200] now" in refused.stderr
+    assert f"holds another configuration: {name} was " in refused.stderr
+    assert refused.stderr.rstrip().endswith("choose another --out, or begin anew with --fresh")
+    assert rows(tmp_path / "out") == rows(finished[0])
+
+
+def test_changed_texts_are_refused_and_fresh_begins_anew(finished, model, call_module, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "prose.txt").write_text(checkpoints.TEXT[5:] * 30)
+    changed = dict(domains=f"prose={tmp_path}/prose.txt", sequences=1)
+    refused = call_module(*command(model, tmp_path / "out", **changed))
+    assert refused.returncode == 2
+    assert "holds results of other samples: those of domain prose, length 200, index 0 have changed" in refused.stderr
+    assert call_module(*command(model, tmp_path / "out", "--fresh", **changed)).returncode == 0
+    assert len(rows(tmp_path / "out")) == len(POLICIES)
+    assert (tmp_path / "out/results-1.jsonl").read_text() == (finished[0] / "results.jsonl").read_text()
+
+
+def test_a_model_is_its_weights(finished, model, call_module, tmp_path):
+    """Another folder with the same weights goes on; other weights in the same folder are refused."""
+    out, copy = tmp_path / "out", tmp_path / "another name"
+    shutil.copytree(finished[0], out)
+    shutil.copytree(model, copy)
+    done = call_module(*command(model, out, model=f"{copy}/", lengths="200,120"))
+    assert done.returncode == 0
+    assert rows(out) == rows(finished[0])
+    checkpoints.write_folder(copy, rope_theta=5000.0)
+    refused = call_module(*command(model, out, model=copy))
+    assert refused.returncode == 2
+    assert "holds another configuration: weights was " in refused.stderr
 
 
 def test_a_killed_run_goes_on(finished, model, start_module, call_module, tmp_path):
@@ -156,7 +240,7 @@ def test_a_text_that_is_too_short_is_named(model, call_module, tmp_path):
 
 
 def test_skipped_sequences_are_the_first_of_a_run_without_it(model):
-    tokenizer = pretrained.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     domains = [documents.load(f"prose={model}/prose.txt")]
 
     def chosen(count, skip=0):

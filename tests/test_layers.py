@@ -38,15 +38,21 @@ LIBRARY = [  # a module may import only from lines above its own
     "generation_loop",
     "generation",
     "scoring",
-    "loading.fetch loading.identity loading.gguf_tokenizer",
+    "loading.fetch loading.json_files loading.tokenizer loading.gguf_fields",
+    "loading.digests loading.gguf_file",
+    "loading.weights loading.gguf_parts loading.gguf_metadata loading.gguf_vocabulary",
+    "loading.identity loading.gguf_tokenizer",
     "loading.gguf_convert",
     "loading.pretrained",
     "loading.export",
 ]
 COMMANDS = [
-    "files hosts locks",
-    "command_line backends measuring novels run_log",
-    "documents",
+    "text_files html_text locks numbers plotting json_lines measuring novels relay second_signal",
+    "files companions",
+    "together",
+    "hosts",
+    "command_line backends run_log documents",
+    "corpus",
 ]
 TRAIN = [
     "config",

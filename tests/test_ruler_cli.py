@@ -96,7 +96,7 @@ def test_a_whole_run(finished):
     assert all(f"| {name} | " in report for name in (*TASKS.split(","), "mean"))
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert "RULER at 720 tokens" in printed
-    assert not list(out.glob(".*"))
+    assert {path.name for path in out.glob(".*")} == {".lock"}
 
 
 def test_a_budget_above_the_length_predicts_what_full_attention_predicts(finished):
@@ -163,12 +163,14 @@ def test_another_configuration_in_the_folder_is_refused_by_name(ruler, finished,
     assert (out / "results.jsonl").read_bytes() == before
 
 
-def test_bad_input_reads_no_weights(ruler, model, tmp_path):
-    """With a model without weights, errors in the input are reported first, and the results folder stays usable."""
+def test_bad_input_reads_no_weights(ruler, model, tmp_path, monkeypatch):
+    """Errors in the input are reported before weights are read, and the results folder stays usable."""
+    with monkeypatch.context() as patch:
+        patch.setattr("recyc_jax.loading.weights.load_params", None)
+        assert "is below the minimum" in ruler(lengths="100").stderr
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     (broken / "model.safetensors").unlink()
-    assert "is below the minimum" in ruler(model=broken, lengths="100").stderr
     assert "model.safetensors" in ruler(model=broken).stderr
     done = ruler(tasks="niah_single_1", samples=1)
     assert done.returncode == 0, done.stderr
@@ -220,7 +222,7 @@ def test_bad_input_ends_with_one_line(ruler, options, culprit):
         ('{"input": "x", "outputs": []}', "validation.jsonl:1: input and answer_prefix must be strings"),
         ('{"input": "x", "outputs": [3]}', "outputs a list of non-empty strings"),
         ('{"input": "x", "outputs": [""]}', "outputs a list of non-empty strings"),
-        ("\udcff", "not UTF-8"),
+        ("\udcff", "cannot be read as UTF-8 text"),
         ("", "there is no sample in it"),
         (json.dumps(dict(input="word " * 6000, outputs=["x"])), "exceed the model's context of 4096"),
     ],
@@ -241,6 +243,44 @@ def test_qa_without_its_file_is_skipped_with_a_line(ruler, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "qa_1 is skipped: the hub is out of reach; get the official file and pass --qa-squad" in done.stdout
     assert "qa_2 is skipped" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_run_grows_and_changed_samples_are_refused(ruler, tmp_path):
+    file = tmp_path / "data/720/data/niah_multiquery/validation.jsonl"
+    file.parent.mkdir(parents=True)
+    texts = [f"The number for a is: {number}. What is it?" for number in range(4)]
+
+    def write(some):
+        file.write_text("".join(json.dumps(dict(input=text, outputs=["1"])) + "\n" for text in some))
+        return dict(tasks="niah_multiquery", data=tmp_path / "data", essays=None, policies="full")
+
+    assert ruler(**write(texts[:2]), samples=2).returncode == 0
+    first = rows(tmp_path / "out")
+    assert ruler(**write(texts), samples=4).returncode == 0
+    assert rows(tmp_path / "out")[:2] == first
+    assert len(rows(tmp_path / "out")) == 4
+    refused = ruler(**write([*texts[:3], "Another?"]), samples=4)
+    assert refused.returncode == 2
+    assert "those of task niah_multiquery, length 720, index 3 have changed; choose another --out" in refused.stderr
+    assert ruler("--fresh", **write([*texts[:3], "Another?"]), samples=1).returncode == 0
+    assert len(rows(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("change", [dict(input="a \ud83d"), dict(outputs=["\udc00"]), dict(answer_prefix="\ud800x")])
+def test_samples_that_no_tokenizer_takes_are_named(ruler, tmp_path, change):
+    file = tmp_path / "data/720/data/niah_multiquery/validation.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(dict(input="a", outputs=["b"], answer_prefix="c") | change) + "\n")
+    done = ruler(tasks="niah_multiquery", data=tmp_path / "data", essays=None)
+    assert done.returncode == 2
+    assert "validation.jsonl:1: holds an unpaired surrogate" in done.stderr
+
+
+def test_samples_may_begin_with_a_byte_order_mark(ruler, tmp_path):
+    file = tmp_path / "data/720/data/niah_multiquery/validation.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(json.dumps(dict(input="a b", outputs=["b"])).encode("utf-8-sig"))
+    assert ruler(tasks="niah_multiquery", data=tmp_path / "data", essays=None, policies="full").returncode == 0
 
 
 def test_help_is_quick(run_module):

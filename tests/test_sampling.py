@@ -13,6 +13,50 @@ LOGITS = jnp.log(jnp.array([0.4, 0.3, 0.15, 0.1, 0.05]))
 DRAWS = 20_000
 
 
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg", "threefry2x32"])
+def test_rows_draw_alone_what_they_draw_in_a_batch(config, params, kind):
+    """Also with keys of generators whose batches draw from the first key alone."""
+    prompts, keys = [[5, 6, 7], list(range(2, 40)), [9]], jax.random.split(jax.random.key(3, impl=kind), 3)
+
+    def draw(some, key):
+        return rj.generate(
+            params, config, some, max_new_tokens=8, eos_ids=(), sampling=rj.Sample(), key=key
+        ).tokens.tolist()
+
+    together = draw(prompts, keys)
+    assert [draw([prompt], keys[row : row + 1])[0] for row, prompt in enumerate(prompts)] == together
+    assert draw(prompts[::-1], keys[::-1]) == together[::-1]
+    one = draw(prompts, keys[0])
+    assert len(set(map(tuple, draw([prompts[0]] * 3, keys[0])))) > 1  # one key gives each row its own
+    assert draw(prompts, keys[0]) == one
+
+
+@pytest.mark.parametrize("kind", ["rbg", "unsafe_rbg"])
+def test_a_sampler_draws_independently_with_any_keys(kind):
+    keys = jax.random.split(jax.random.key(0, impl=kind), DRAWS)
+    drawn = rj.Sample()(jnp.broadcast_to(LOGITS, (DRAWS, 5)), keys, jnp.int32(3))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=5) / DRAWS, [0.4, 0.3, 0.15, 0.1, 0.05], atol=0.015)
+
+
+@pytest.mark.parametrize(
+    ("logits", "top_p", "kept"),
+    [
+        ([0.0] * 8, 0.45, 4),
+        ([np.log(0.4)] + [np.log(0.01)] * 60, 0.495, 11),
+        ([1.0, 1.0, 0.0], 0.3, 1),
+        ([-np.inf, 0.0, 0.0, -np.inf], 0.9, 2),
+        ([0.0] * 8, 1e-6, 1),
+    ],
+)
+def test_of_equal_tokens_top_p_keeps_no_more_than_it_needs(logits, top_p, kept):
+    """As in transformers; of the equal ones those with the lower ids."""
+    keys = jax.random.split(jax.random.key(0), 4000)
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (4000, len(logits)))
+    drawn = set(np.asarray(rj.Sample(top_p=top_p)(rows, keys, jnp.int32(0))).tolist())
+    finite = [token for token, logit in enumerate(logits) if np.isfinite(logit)]
+    assert drawn == set(sorted(finite, key=lambda token: (-logits[token], token))[:kept])
+
+
 def frequencies(sampler):
     keys = jax.random.split(jax.random.key(0), DRAWS)
     drawn = sampler(jnp.broadcast_to(LOGITS, (DRAWS, 5)), keys, jnp.int32(3))

@@ -122,5 +122,5 @@ def test_a_lone_address_is_an_error(run_module):
 
 def test_a_share_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="--tensor 2 does not divide the 1 devices"):
-        backends.mesh(2, LlamaConfig.tiny())
-    assert backends.mesh(0, LlamaConfig.tiny()) is None
+        backends.mesh(2, LlamaConfig.tiny(), 4)
+    assert backends.mesh(0, LlamaConfig.tiny(), 4) is None

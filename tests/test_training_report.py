@@ -64,6 +64,28 @@ def test_a_run_without_both_ends_is_refused(tmp_path, capsys, steps, message):
     assert len(said.strip().splitlines()) == 1
 
 
+def test_a_torn_last_line_is_passed_over_with_a_word(tmp_path, capsys):
+    mine = run(tmp_path, "mine", {0: {"full": [1.0]}, 4: {"full": [0.5]}})
+    with (mine / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "evaluation", "step": 8, "pol')
+    assert report.main([str(mine)]) == 0
+    assert capsys.readouterr().err == f"{mine}/metrics.jsonl: the last line is torn and is passed over\n"
+
+
+def test_a_loss_that_a_float_cannot_hold_the_exponential_of(tmp_path):
+    mine = run(tmp_path, "mine", {0: {"full": [1.0, 2.0]}, 4: {"full": [5000.0, 5001.0]}})
+    assert "| 4.482 | not finite | +4999.0000 ± 0.0000 |" in report.tables([mine])
+
+
+@pytest.mark.parametrize("change", [{"each": [[1]]}, {"each": []}, {"step": "0"}, {"policy": 3}, {"length": True}])
+def test_other_files_are_named(tmp_path, change):
+    mine = run(tmp_path, "mine", {0: {"full": [1.0]}, 4: {"full": [0.5]}})
+    rows = [json.loads(line) for line in (mine / "metrics.jsonl").read_text().splitlines()]
+    (mine / "metrics.jsonl").write_text("".join(json.dumps(row | change) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl: an evaluation's {next(iter(change))} is .*: no metrics"):
+        report.tables([mine])
+
+
 def test_no_folder_and_no_file(tmp_path, capsys):
     assert report.main([]) == 2
     assert "name the folders" in capsys.readouterr().err

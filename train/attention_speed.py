@@ -8,7 +8,6 @@ Writes OUT/training_attention.jsonl.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from recyc_jax.commands import command_line, files, measuring
+from recyc_jax.commands import command_line, files, json_lines, measuring
 from recyc_jax.commands.backends import Backend
 
 if TYPE_CHECKING:
@@ -92,13 +91,12 @@ def _measure(config: Config, lengths: list[int], forms: list[str], implementatio
     table = Table(title=f"a layer's attention in training, {device.device_kind}")
     for name in ("length", "form", "ms forward", "ms with backward", "GiB beside in- and outputs"):
         table.add_column(name, justify="right")
-    with file.open("w", encoding="utf-8") as rows:
+    with json_lines.appending(file) as add:
         for length in lengths:
             for form in forms:
                 command_line.heed_interrupt()
                 row = _row(config, length, form, implementation)
-                rows.write(json.dumps(row | {"device": device.device_kind, "jax": jax.__version__}) + "\n")
-                rows.flush()
+                add(row | {"device": device.device_kind, "jax": jax.__version__})
                 values = (row["forward_ms"], row["step_ms"], row["temp_gib"])
                 print(
                     f"{length} {form}: {values[0]} ms forward, {values[1]} ms with backward, {values[2]} GiB",

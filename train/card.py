@@ -6,13 +6,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from recyc_jax.attention.whole_sequence import Recycle
+from recyc_jax.commands.corpus import Corpus
 from train.config import Config
-from train.data import Corpus
 from train.optimizer import Optimizer
 
 Card = dict[str, Any]
@@ -24,7 +26,7 @@ def make(
     weights: str,
     sources: Mapping[str, str],
     corpus: Corpus,
-    held: Sequence[int],
+    held: np.ndarray,
     packed: bool,
     rows: int,
     recycle: Recycle | None,
@@ -35,12 +37,11 @@ def make(
 ) -> Card:
     """The card of a run, as a checkpoint returns it: after a round trip through JSON."""
     card = {
-        "model": {"name": config.model, "weights": weights},
+        "model": {"weights": weights},
         "data": {
-            "sources": dict(sources),
             "tokens": corpus.fingerprint,
             "packed": packed,
-            "held_out": [corpus.names[number] for number in held],
+            "held_out": hashlib.sha256(np.asarray(held, np.int64).tobytes()).hexdigest()[:16],
             "seed": config.seed,
             "rows": rows,
         },
@@ -48,10 +49,13 @@ def make(
         "training": {
             "length": config.length,
             "batch_size": config.batch_size,
-            **dataclasses.asdict(optimizer),
+            **{name: value for name, value in dataclasses.asdict(optimizer).items() if name != "steps"},
+            "warmup_steps": config.warmup_steps,
             "z_loss": config.z_loss,
             "dtype": dtype,
         },
+        "steps": optimizer.steps,
+        "names": {"model": config.model, "data": dict(sources)},
         "mesh": dict(mesh),
         "accumulate": config.accumulate,
         "attention": attention,
@@ -62,8 +66,8 @@ def make(
 
 
 def identity(card: Card) -> Card:
-    """The parts of a card that a resumed run must share with its checkpoints; mesh, accumulation, attention
-    implementation and versions may differ."""
+    """The parts of a card that a resumed run must share with its checkpoints. The number of steps, names and places of
+    model and data, mesh, accumulation, attention implementation and versions may differ."""
     return {name: card.get(name) for name in ("model", "data", "recycle", "training")}
 
 

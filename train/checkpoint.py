@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,11 +43,23 @@ class Checkpoints:
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every stage of every save
         self._folder, self._keep, self._ocp = folder.resolve(), keep, ocp
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._link: tempfile.TemporaryDirectory[str] | None = None
         self._manager = self._open()
 
     def _open(self) -> Any:
         options = self._ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=True)
-        return self._ocp.CheckpointManager(self._folder, options=options)
+        return self._ocp.CheckpointManager(self._plain_path(), options=options)
+
+    def _plain_path(self) -> Path:
+        """A path of the folder without the characters of patterns, as which orbax would read them: a link, if need
+        be."""
+        if not any(character in str(self._folder) for character in "[]*?"):
+            return self._folder
+        if self._link is None:
+            self._link = tempfile.TemporaryDirectory(prefix="recyc_jax.")
+            (Path(self._link.name) / "checkpoints").symlink_to(self._folder)
+        return Path(self._link.name) / "checkpoints"
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -145,6 +158,8 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        if self._link is not None:
+            self._link.cleanup()
 
 
 def fingerprints(tree: Any) -> tuple[dict[str, str], bool]:

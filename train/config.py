@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from recyc_jax.commands import command_line
+from recyc_jax.commands import command_line, files
 from recyc_jax.commands.backends import Backend
 
 if TYPE_CHECKING:
@@ -27,10 +26,11 @@ class Config:
     model: str = "smollm2-135m"
     """Hub id, folder in Hugging Face layout, .gguf file, or smollm2-135m."""
     data: str = "novels,essays,latex"
-    """Comma-separated: novels, essays, latex (texts of Debian packages), NAME=PATH (a text, JSON-lines or parquet file,
-    or a folder of texts), NAME=DATASET or NAME=DATASET:CONFIG:SPLIT on the hub."""
+    """Comma-separated: novels, essays, latex (texts of Debian packages); NAME=PATH or NAME=PATH:COLUMN (a text,
+    JSON-lines or parquet file, or a folder of them); NAME=glob:PATTERN; NAME=DATASET or
+    NAME=DATASET:CONFIG:SPLIT:COLUMN on the hub."""
     out: Path = Path("results/continued_pretrain")
-    """Output folder; a run resumes from checkpoints of the same configuration in it."""
+    """Output folder; a run resumes from checkpoints of the same configuration in it, to more --steps too."""
 
     recycle: Literal["paper", "strided", "off"] = "paper"
     """paper: the last STRIDE tokens of a row attend to the BUDGET keys that the token before them selects, and to one
@@ -48,8 +48,8 @@ class Config:
     length: int = 512
     """Tokens per row."""
     pack: bool = True
-    """off: fill rows with several documents, distinguished in attention, positions and loss. The recycled forms take
-    one document per row."""
+    """Only with --recycle off: fill rows with several documents, EOS between them, distinguished in attention,
+    positions and loss; --no-pack: one document per row, as the recycled forms always have it."""
 
     batch_size: int = 4
     """Rows per step, over all devices."""
@@ -58,7 +58,9 @@ class Config:
     steps: int = 16
     """Training steps; 0: as many as EPOCHS takes."""
     epochs: float = 1.0
-    learning_rate: float = 2e-5
+    learning_rate: float | None = None
+    """Default: 2e-5 for AdamW. Adafactor's rate is relative: an update's size is the rate times the root mean square of
+    the parameter; default: 1e-3."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 5
     weight_decay: float = 0.0
@@ -89,7 +91,11 @@ class Config:
     """Windows per domain."""
     eval_batch_size: int = 8
 
-    save_every: int = 5
+    save_every: int = 0
+    """Steps between checkpoints; 0: only --save-minutes counts. The last step is always saved. A checkpoint takes 12
+    bytes a parameter with AdamW."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints; 0: only --save-every counts."""
     keep: int = 3
     """Checkpoints to keep."""
     export: bool = True
@@ -126,7 +132,8 @@ class Config:
     dry_run: bool = False
     """Print mesh, sizes and memory, and end before arrays are allocated."""
     force: bool = False
-    """Resume even from checkpoints of another model, data or settings."""
+    """Resume from checkpoints of another model, other data, another recycled form or other settings of the optimizer;
+    each difference is printed. Shapes and dtypes of parameters must be the same all the same."""
     allow_beyond_context: bool = False
     """Allow lengths beyond the model's context length."""
 
@@ -182,7 +189,6 @@ def check(config: Config) -> None:
         stride=config.stride,
         batch_size=config.batch_size,
         accumulate=config.accumulate,
-        save_every=config.save_every,
         keep=config.keep,
         max_bad_steps=config.max_bad_steps,
         fsdp=config.fsdp,
@@ -194,13 +200,15 @@ def check(config: Config) -> None:
     )
     for name, value in (
         ("warmup-steps", config.warmup_steps),
+        ("save-every", config.save_every),
         ("eval-every", config.eval_every),
         ("steps", config.steps),
     ):
         if value < 0:
             raise ValueError(f"--{name} {value} must not be negative")
     for name, number in (
-        ("learning-rate", config.learning_rate),
+        ("learning-rate", learning_rate(config)),
+        ("save-minutes", config.save_minutes),
         ("weight-decay", config.weight_decay),
         ("clip", config.clip),
         ("z-loss", config.z_loss),
@@ -234,17 +242,23 @@ def check(config: Config) -> None:
     for flag, library in ((config.tensorboard, "tensorboardX"), (config.wandb is not None, "wandb")):
         if flag and not _installed(library):
             raise ValueError(f"--{library.lower().rstrip('x')} needs the package {library}: pip install {library}")
-    _check_writable(config.out)
+    files.writable_folder("--out", config.out)
+    from recyc_jax.loading import export
 
-
-def _check_writable(out: Path) -> None:
+    model = config.out / "model"
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        strange = config.export and model.exists() and not export.may_replace(model)
     except OSError as error:
-        raise ValueError(f"--out {out}: {error.strerror}") from None
+        raise ValueError(f"--out {config.out}: {error.strerror}") from None
+    if strange:
+        raise ValueError(f"--out {config.out}: {model} holds something else than a model, which --export would replace")
+
+
+def learning_rate(config: Config) -> float:
+    """The highest learning rate: the one given, or the optimizer's default."""
+    if config.learning_rate is not None:
+        return config.learning_rate
+    return {"adamw": 2e-5, "adafactor": 1e-3}[config.optimizer]
 
 
 def _installed(library: str) -> bool:

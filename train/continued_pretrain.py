@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import tyro
 
-from recyc_jax.commands import command_line
+from recyc_jax.commands import command_line, hosts
 from train.config import Config, check, with_files
 
 
@@ -25,19 +25,18 @@ def main(args: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     config = tyro.cli(Config, prog="python -m train.continued_pretrain", args=arguments)
-    status = 0
-
-    def prepare(config: Config) -> Callable[[], None]:
-        go = _prepare(config)
-
-        def run() -> None:
-            nonlocal status
-            status = go()
-
-        return run
-
     # this message is for interruptions before the training loop, which handles its own
-    return command_line.run(prepare, config, "nothing was trained yet") or status
+    return command_line.run(_prepare, config, "nothing was trained yet", lambda: _join(config))
+
+
+def _join(config: Config) -> None:
+    """Connect to the run's other processes, if the flags or the environment name any. This comes before the flags are
+    checked, so that the others learn of an error in this process's flags."""
+    asked = config.coordinator, config.processes, config.process_id
+    if config.cluster or None not in asked:
+        hosts.join(*asked, cluster=config.cluster)
+    elif asked == (None, None, None):
+        hosts.join_named()
 
 
 def _prepare(config: Config) -> Callable[[], int]:

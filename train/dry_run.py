@@ -36,6 +36,8 @@ def describe(run: Run) -> int:
             f"{memory.argument_size_in_bytes / gib:.2f} GiB state and batch, {memory.temp_size_in_bytes / gib:.2f} GiB "
             "while a step is computed"
         )
+    for line in run.data:
+        print(line)
     for name, value in lines.items():
         print(f"{name}: {value}")
     return 0

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import recyc_jax as rj
 from recyc_jax import sharding
+from recyc_jax.commands import numbers
+from recyc_jax.commands.corpus import Corpus, Windows
 from recyc_jax.policies.registry import parse_policy
-from train.data import Corpus, Windows
 
 Row = dict[str, Any]
 
@@ -31,16 +32,18 @@ class HeldOut(NamedTuple):
         return HeldOut(self.tokens[:, -length:], self.domains)
 
 
-def windows(corpus: Corpus, documents: Sequence[int], length: int, count: int, seed: int) -> HeldOut:
+def windows(corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int, count: int, seed: int) -> HeldOut:
     """At most `count` windows of `length` tokens per domain, chosen at random."""
     rows = Windows(corpus, documents, length)
     chosen: list[int] = []
-    of_row = [corpus.domains[number] for number in rows.documents]
-    for domain in dict.fromkeys(of_row):
-        mine = [row for row, name in enumerate(of_row) if name == domain]
-        random.Random(f"{seed} {domain} evaluation").shuffle(mine)
-        chosen += mine[:count]
-    return HeldOut(np.stack([rows[row]["tokens"] for row in chosen]), tuple(of_row[row] for row in chosen))
+    domains: list[str] = []
+    for domain in corpus.domains:
+        mine = corpus.numbers(domain.name)
+        found = np.flatnonzero((rows.documents >= mine.start) & (rows.documents < mine.stop)).tolist()
+        random.Random(f"{seed} {domain.name} evaluation").shuffle(found)
+        chosen += found[:count]
+        domains += [domain.name] * len(found[:count])
+    return HeldOut(np.stack([rows[row]["tokens"] for row in chosen]), tuple(domains))
 
 
 def evaluate(
@@ -65,7 +68,8 @@ def evaluate(
         size = len(batch)
         batch = np.concatenate([batch, np.repeat(batch[:1], batch_size - size, axis=0)])  # one shape, so one program
         prompts, rest = (_placed(part, mesh) for part in (batch[:, :-new_tokens], batch[:, -new_tokens:]))
-        state = rj.prefill(params, config, prompts, policies=parsed, max_new_tokens=new_tokens)
+        options: Any = {"max_new_tokens": new_tokens, "allow_beyond_context": True}  # train.run has checked it
+        state = rj.prefill(params, config, prompts, policies=parsed, **options)
         for name, policy in zip(policies, parsed, strict=True):
             scores, state = rj.score_after(params, config, state, rest, policy=policy)
             chances = _everywhere(scores.log_probabilities)[:size]
@@ -85,10 +89,10 @@ def evaluate(
                     "length": length,
                     "new_tokens": new_tokens,
                     "n": len(values),
-                    "nll": mean,
+                    "nll": numbers.finite(mean),
                     "nll_stderr": _stderr(values),
-                    "perplexity": math.exp(mean),
-                    "difference": statistics.fmean(gaps),
+                    "perplexity": numbers.finite(numbers.perplexity(mean)),
+                    "difference": numbers.finite(statistics.fmean(gaps)),
                     "difference_stderr": _stderr(gaps),
                     "each": [round(value, 5) for value in values],
                 }
@@ -97,7 +101,8 @@ def evaluate(
 
 
 def _stderr(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    # np.std, because statistics.stdev fails for the losses of a diverged model
+    return numbers.finite(float(np.std(values, ddof=1)) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _placed(tokens: np.ndarray, mesh: Mesh) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from recyc_jax.commands import plotting
 from train.metrics import Row
 
 
+@plotting.plot
 def plot(path: Path, rows: list[Row]) -> None:
     """Plot to `path` the training loss by step, and the held-out loss (mean over domains) by step and policy."""
     from matplotlib.figure import Figure
@@ -22,7 +25,7 @@ def plot(path: Path, rows: list[Row]) -> None:
     lines: dict[str, dict[int, list[float]]] = {}
     for row in evaluations:
         label = row["policy"] + (f", last {row['new_tokens']} of {row['length']}" if several else "")
-        lines.setdefault(label, {}).setdefault(row["step"], []).append(row["nll"])
+        lines.setdefault(label, {}).setdefault(row["step"], []).append(math.nan if row["nll"] is None else row["nll"])
     for label, by_step in lines.items():
         right.plot(list(by_step), [sum(nlls) / len(nlls) for nlls in by_step.values()], marker="o", label=label)
     right.set_xlabel("step")

@@ -3,8 +3,8 @@ is built into `state.compiled_step`; recycled attention over a sequence is `recy
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-import math
 import signal
 import sys
 import time
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recyc_jax.commands import files, numbers, together
 from recyc_jax.loading import export
 from train import evaluation, figures, forward, metrics, progress, signals
 from train.card import Card
@@ -33,9 +34,22 @@ def train(run: Run, opened: Opened) -> int:
         loop = _Loop(run, opened.checkpoints, asked, opened.restored)
         try:
             status = loop.train(opened.state)
-        finally:
             opened.checkpoints.wait()
-            opened.checkpoints.close()
+        except Exception as error:
+            if not files.no_space(error):
+                raise
+            together.note("no space left to write", 1)
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            print(
+                f"error: no space left in {run.config.out} ({reason}); its checkpoints are kept: make room, and the same "
+                "command goes on from the last one",
+                file=sys.stderr,
+                flush=True,
+            )
+            status = 1
+        finally:
+            with contextlib.suppress(Exception):  # it repeats what a save that failed has raised
+                opened.checkpoints.close()
             loop.log.close()
     return status
 
@@ -57,10 +71,13 @@ class _Loop:
             self.log.resume(-1 if restored is None else begun)
         kind = run.mesh.devices.flat[0].device_kind
         self.peak = metrics.peak_flops(kind)
+        for line in run.data:
+            self.say(line)
         self.say(
-            f"{'begins' if restored is None else f'resumes from step {begun}'}, to step {run.optimizer.steps}; "
+            f"{'begins' if restored is None else f'goes on from step {begun}'}, to step {run.optimizer.steps}; "
             f"attention: {run.attention}"
         )
+        self.saved_at = time.monotonic()
 
     def say(self, line: str) -> None:
         if self.first:
@@ -87,7 +104,7 @@ class _Loop:
                     show(row)
                     if int(state.skipped_in_row) >= config.max_bad_steps:
                         return self.give_up(taken)
-                    if taken % config.save_every == 0 or taken == steps:
+                    if taken == steps or self.is_save_due(taken):
                         self.save(state, taken)
                     due = config.eval_every and taken % config.eval_every == 0
                     if due or taken == steps:
@@ -109,28 +126,42 @@ class _Loop:
             name: jax.make_array_from_callback(like.shape, like.sharding, lambda index, name=name: batch[name][index])
             for name, like in self.batch.items()
         }
-        state, numbers = program(state, placed)
-        numbers = jax.device_get(numbers)
+        state, measured = program(state, placed)
+        measured = jax.device_get(measured)
         seconds = time.monotonic() - began
         tokens = self.run.config.batch_size * self.run.config.length
         row = {
             "kind": "train",
             "step": int(state.step),
-            "loss": _number(numbers["loss"]),
-            "grad_norm": _number(numbers["grad_norm"]),
+            "loss": numbers.finite(float(measured["loss"])),
+            "grad_norm": numbers.finite(float(measured["grad_norm"])),
             # counted in updates: a skipped update does not advance the schedule
             "learning_rate": float(self.run.optimizer.rate()(int(state.step) - 1 - int(state.skipped))),
             "skipped": int(state.skipped),
-            "tokens": int(numbers["tokens"]),
+            "tokens": int(measured["tokens"]),
             "seconds": round(seconds, 4),
             "tokens_per_second": round(tokens / seconds, 1),
         }
         if self.peak is not None:
             flops = metrics.model_flops(self.run.model, self.run.config.length, tokens)
             row["mfu"] = round(flops / seconds / (self.peak * self.run.mesh.size), 4)
-        if not bool(numbers["finite"]):
+        if not bool(measured["finite"]):
             self.say(f"WARNING: step {row['step']}: loss or gradients are not finite; the update is left out")
         return state, row
+
+    def is_save_due(self, taken: int) -> bool:
+        """Whether --save-every or --save-minutes asks for a checkpoint of this step; all processes agree."""
+        config = self.run.config
+        if config.save_every and taken % config.save_every == 0:
+            return True
+        if not config.save_minutes:
+            return False
+        late = time.monotonic() - self.saved_at >= 60 * config.save_minutes
+        if jax.process_count() > 1:  # the processes' clocks differ
+            from jax.experimental import multihost_utils
+
+            late = bool(multihost_utils.broadcast_one_to_all(np.asarray(late)))
+        return late
 
     def save(self, state: TrainState, taken: int) -> bool:
         """Start saving this step; returns whether it is, or soon will be, on disk."""
@@ -138,6 +169,7 @@ class _Loop:
             return False
         card = self.run.card | {"step": taken, "position": self.batches.get_state()}
         saved = self.checkpoints.save(taken, state, card)
+        self.saved_at = time.monotonic()
         if not saved:
             self.say(f"WARNING: step {taken} is not saved: its state holds numbers that are not finite")
         return saved
@@ -195,9 +227,9 @@ class _Loop:
             self.record([{"kind": "evaluation", "step": taken, **row} for row in rows])
             for row in rows:
                 error = "" if row["nll_stderr"] is None else f" ± {row['nll_stderr']:.4f}"
-                loss = f"{row['nll']:.4f}{error} nats a token"
+                loss = f"{numbers.shown(row['nll'], 4)}{error} nats a token"
                 where = f"{row['domain']}, last {new_tokens} of {length}"
-                self.say(f"  {row['policy']}, {where}: perplexity {row['perplexity']:.3f}, {loss}")
+                self.say(f"  {row['policy']}, {where}: perplexity {numbers.shown(row['perplexity'], 3)}, {loss}")
 
     def finish(self, state: TrainState) -> None:
         """Write the trained model in Hugging Face layout, and the plot."""
@@ -212,11 +244,6 @@ class _Loop:
             figures.plot(config.out / "loss.png", self.log.rows)
             where = f"{config.out}/model" if config.export else f"{config.out}/checkpoints"
             self.say(f"{where} holds the result; metrics.jsonl and loss.png beside it tell how it came about")
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a float; None if it is not finite, because JSON has no NaN."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _on_host(leaf: jax.Array) -> np.ndarray:

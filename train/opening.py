@@ -33,21 +33,40 @@ def open_run(run: Run) -> Opened:
     try:
         restored = None
         if checkpoints.steps():
+            if checkpoints.steps()[-1] > run.optimizer.steps:
+                raise ValueError(
+                    f"--steps {run.optimizer.steps}: the run in --out {config.out} has taken {checkpoints.steps()[-1]}; "
+                    "name at least as many, or choose another --out"
+                )
             like = state_of.abstract_state(run)
             before = checkpoints.latest_card()
             if before is not None:
                 _check_same(config, before, run.card, like)
-                if before.get("attention", run.attention) != run.attention and jax.process_index() == 0:
-                    print(
-                        f"attention was {before['attention']} and is {run.attention} now: not the same bits",
-                        flush=True,
-                    )
+                _tell_changes(before, run)
             restored = checkpoints.restore(like)
         state = state_of.load_state(run) if restored is None else restored.state
     except BaseException:
         checkpoints.close()
         raise
     return Opened(checkpoints, state, None if restored is None else restored.card)
+
+
+def _tell_changes(before: Card, run: Run) -> None:
+    """Print what differs from the checkpoints' run and is allowed to."""
+    lines = []
+    if before.get("attention", run.attention) != run.attention:
+        lines.append(f"attention was {before['attention']} and is {run.attention} now: not the same bits")
+    steps = before.get("steps", run.optimizer.steps)
+    if steps != run.optimizer.steps:
+        lines.append(
+            f"--steps was {steps} and is {run.optimizer.steps} now: the learning rate goes on as a run of "
+            f"{run.optimizer.steps} steps has it, and the steps before had that of {steps}"
+        )
+    if run.config.force:
+        lines += [f"WARNING: --force: {difference}" for difference in card.differences(before, run.card)]
+    if jax.process_index() == 0:
+        for line in lines:
+            print(line, flush=True)
 
 
 def _check_same(config: Config, before: Card, now: Card, like: Any) -> None:

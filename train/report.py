@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -20,6 +19,9 @@ from typing import Any
 import numpy as np
 import tyro
 
+from recyc_jax.commands import json_lines, numbers
+
+_FIELDS = {"step": int, "length": int, "new_tokens": int, "policy": str, "domain": str, "each": list}
 Losses = dict[tuple[int, int, str], list[float]]  # the loss of each window, by (length, new_tokens, policy)
 HEADINGS = ("run", "policy", "perplexity before", "after", "change, nats", "above full before", "after")
 SAME = 0.01
@@ -66,7 +68,8 @@ def tables(runs: Sequence[Path]) -> str:
                 for ends, each in ((before, losses), (after, later))
             ]
             change = _signed([new - old for new, old in zip(later, losses, strict=True)])
-            perplexities = [f"{math.exp(statistics.fmean(each)):.3f}" for each in (losses, later)]
+            means = [numbers.perplexity(statistics.fmean(each)) for each in (losses, later)]
+            perplexities = [numbers.shown(numbers.finite(mean), 3) for mean in means]
             cells = [run.name, f"`{policy}`", *perplexities, change, *gaps]
             if len(runs) > 1:
                 first = ends_of[runs[0]]
@@ -93,11 +96,17 @@ def _beside(
 
 def _ends(run: Path) -> tuple[Losses, Losses]:
     """The losses of the first and of the last evaluation."""
+    file = run / "metrics.jsonl"
     try:
-        lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in json_lines.read(file) if row.get("kind") == "evaluation"]
     except OSError as error:
-        raise ValueError(f"{run}/metrics.jsonl: {error.strerror}") from None
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "evaluation"]
+        raise ValueError(f"{file}: {error.strerror}") from None
+    for row in rows:
+        for name, kind in _FIELDS.items():
+            if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
+                raise ValueError(f"{file}: an evaluation's {name} is {row.get(name)!r}: no metrics of training")
+        if not row["each"] or not all(isinstance(loss, float | int) for loss in row["each"]):
+            raise ValueError(f"{file}: an evaluation's each is {row['each']!r}: no metrics of training")
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2 or steps[0] != 0:
         raise ValueError(f"{run}: evaluations of steps {steps}; one before training and one after are needed")

@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from recyc_jax import LlamaConfig, sharding, training_implementations
 from recyc_jax.attention.whole_sequence import Recycle
 from recyc_jax.commands import backends, command_line, documents
+from recyc_jax.commands import corpus as token_files
+from recyc_jax.commands.corpus import Windows
 from recyc_jax.loading import identity, pretrained
 from train import card, data, evaluation
 from train.card import Card
-from train.config import Config, eval_lengths, recycle_of
+from train.config import Config, eval_lengths, learning_rate, recycle_of
 from train.optimizer import Optimizer
 
 
@@ -26,58 +28,50 @@ class Run(NamedTuple):
     folder: Path  # the model's folder
     model: LlamaConfig
     mesh: Mesh
-    rows: Any  # data.Windows or data.Packed
+    rows: Any  # corpus.Windows or data.Packed
     held_out: evaluation.HeldOut | None
     recycle: Recycle | None  # None: ordinary training
     optimizer: Optimizer
     attention: str  # the implementation of causal and recycled attention, by name (`training_implementations.py`)
     compute_dtype: Any
+    data: tuple[str, ...]  # lines that say what of the texts is used, held out and dropped, and by which devices
     card: Card  # settings and fingerprints; part of every checkpoint
 
 
 def connect(config: Config) -> None:
-    """Connect to the run's other processes, and select the backend. Raises ValueError if the processes do not find each
-    other or the hardware is missing."""
-    if config.cluster or config.coordinator is not None:
-        if config.backend == "cpu":
-            jax.config.update("jax_platforms", "cpu")
-        try:
-            jax.distributed.initialize(config.coordinator, config.processes, config.process_id)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"the run's processes did not find each other: {str(error).splitlines()[0]}") from None
+    """Select the backend on all processes of the run, which have found each other if the flags ask for several. Raises
+    ValueError if the hardware is missing."""
     backends.select(config.backend, several_hosts=True)
 
 
 def make(config: Config) -> Run:
     """The run that the flags describe. Raises ValueError that names the setting that does not fit."""
-    folder = pretrained.resolve(config.model)
-    model = pretrained.read_config(folder)
+    folder, model, tokenizer = pretrained.open_checkpoint(config.model)
     longest = eval_lengths(config)[0]
     lengths = [config.length, longest] if config.held_out else [config.length]
     command_line.check_context(lengths, model.max_position_embeddings, config.allow_beyond_context)
     mesh = _mesh(config, model)
-    tokenizer = pretrained.load_tokenizer(folder)
-    domains = [documents.load(spec, flag="--data") for spec in command_line.split("--data", config.data)]
-    corpus = data.tokenize(domains, tokenizer, config.out / "tokens")
-    if corpus.tokens.size and int(corpus.tokens.max()) >= model.vocab_size:
+    domains = [documents.load(spec, flag="--data") for spec in documents.split("--data", config.data)]
+    if len({domain.name for domain in domains}) < len(domains):
+        raise ValueError(f"--data {config.data} names a domain twice")
+    corpus = token_files.tokenize(domains, tokenizer, config.out / "tokens")
+    if corpus.largest >= model.vocab_size:
         raise ValueError(f"{folder}: its tokenizer makes ids beyond the model's vocabulary of {model.vocab_size}")
     kept, held = data.hold_out(corpus, config.held_out, longest, config.seed)
     packed = config.recycle == "off" and config.pack
-    rows = (
-        data.Packed(corpus, kept, config.length, config.seed) if packed else data.Windows(corpus, kept, config.length)
-    )
+    rows = data.Packed(corpus, kept, config.length, config.seed) if packed else Windows(corpus, kept, config.length)
     if len(rows) < config.batch_size:
-        most = max((int(corpus.lengths[number]) for number in kept), default=0)
+        most = int(corpus.lengths[kept].max(initial=0))
         raise ValueError(
             f"--data {config.data}: {len(rows)} rows of --length {config.length} are fewer than --batch-size "
             f"{config.batch_size} (the longest document to train on has {most} tokens)"
         )
     steps = config.steps or max(1, int(config.epochs * len(rows)) // config.batch_size)
     held_out = None
-    if held:
+    if len(held):
         held_out = evaluation.windows(corpus, held, longest, config.eval_sequences, config.seed)
     optimizer = Optimizer(
-        config.learning_rate,
+        learning_rate(config),
         config.schedule,
         min(config.warmup_steps, steps),
         steps,
@@ -118,7 +112,19 @@ def make(config: Config) -> Run:
         attention=attention,
         compute_dtype=jnp.dtype(dtype),
         card=made,
+        data=(*data.described(corpus, kept, held, rows, config.length), *_shared_evaluation(config, mesh)),
     )
+
+
+def _shared_evaluation(config: Config, mesh: Mesh) -> list[str]:
+    """A line where the windows of an evaluation do not divide among the devices, which then compute all of them."""
+    parts = mesh.size // config.tensor
+    if not config.held_out or config.eval_batch_size % parts == 0:
+        return []
+    return [
+        f"--eval-batch-size {config.eval_batch_size} does not divide among {parts} devices: each computes every window; a "
+        f"multiple of {parts} would share them"
+    ]
 
 
 def _mesh(config: Config, model: LlamaConfig) -> Mesh:

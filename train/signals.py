@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from recyc_jax.commands import command_line, second_signal
+
 
 class Stop(Exception):  # noqa: N818 - not an error
     """The process was asked to end."""
@@ -39,11 +41,14 @@ class Asked:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Asked]:
-    """Within the block, SIGTERM and SIGINT are remembered instead of ending the process."""
+    """Within the block, the first SIGTERM or SIGINT is remembered instead of ending the process; the second one ends it
+    at once, wherever it is. Raises KeyboardInterrupt if an earlier one was lost."""
+    command_line.heed_interrupt()
     asked = Asked()
-    before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with second_signal.armed():
+        before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield asked
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import recyc_jax as rj
 from recyc_jax import sharding, training_implementations
-from recyc_jax.loading import pretrained
+from recyc_jax.loading import weights
 from train import forward, optimizer, step
 from train.run import Run
 
@@ -61,7 +61,7 @@ def load_state(run: Run) -> step.TrainState:
     except RuntimeError:  # JAX_PLATFORMS lists only accelerators
         host = None
     with jax.default_device(host):
-        params = pretrained.load_params(run.folder, run.model, jnp.float32)
+        params = weights.load_params(run.folder, run.model, jnp.float32)
         stacked = jax.tree.map(np.asarray, forward.stack_layers(params, run.model.num_hidden_layers))
     like = abstract_state(run)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from recyc_jax.commands import command_line, files, measuring
+from recyc_jax.commands import command_line, files, json_lines, measuring
 from recyc_jax.commands.backends import Backend
 from train import attention_speed
 
@@ -84,13 +83,12 @@ def _measure(config: Config, model: LlamaConfig, lengths: list[int], forms: list
     table = Table(title=f"a training step, {config.model}, {kind}")
     for name in ("length", "rows", "form", "ms", "tokens/s", "MFU", "GiB beside the state"):
         table.add_column(name, justify="right")
-    with file.open("w", encoding="utf-8") as rows:
+    with json_lines.appending(file) as add:
         for length in lengths:
             for form in forms:
                 command_line.heed_interrupt()
                 row = _row(config, model, length, form, implementation) | {"device": kind, "jax": jax.__version__}
-                rows.write(json.dumps(row) + "\n")
-                rows.flush()
+                add(row)
                 mfu = "-" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%"
                 values = (length, row["rows"], form, row["step_ms"], row["tokens_per_s"], mfu, row["temp_gib"])
                 print(f"{length} {form}: {row['step_ms']} ms a step, MFU {mfu}", flush=True)

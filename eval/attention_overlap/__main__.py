@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from recyc_jax.commands import command_line
+from recyc_jax.commands import command_line, files
 from recyc_jax.commands.backends import Backend
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     """Do everything up to and including the loading of weights; returns a function that does the rest."""
     from eval.attention_overlap.probe import Probe
     from recyc_jax.commands import backends
-    from recyc_jax.loading import pretrained
+    from recyc_jax.loading import pretrained, weights
 
     candidates, schedules = _policies(config)
     command_line.check_counts(
@@ -78,18 +78,16 @@ def _prepare(config: Config) -> Callable[[], None]:
     if config.new_tokens >= config.length:
         raise ValueError(f"--new-tokens {config.new_tokens} leaves no prompt of --length {config.length}")
     backends.select(config.backend)
-    folder = pretrained.resolve(config.model)
-    model_config = pretrained.read_config(folder)
+    folder, model_config, tokenizer = pretrained.open_checkpoint(config.model)
     command_line.check_context([config.length], model_config.max_position_embeddings, config.allow_beyond_context)
-    tokenizer = pretrained.load_tokenizer(folder)
     prompts = {
         source: _prompts(config, source, tokenizer) for source in command_line.split("--sources", config.sources)
     }
     import jax.numpy as jnp
 
     dtype = command_line.dtype_name(config.dtype)
-    config.out.mkdir(parents=True, exist_ok=True)
-    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype))
+    files.writable_folder("--out", config.out)
+    params = weights.load_params(folder, model_config, jnp.dtype(dtype))
     lm = pretrained.PretrainedLM(params, model_config, tokenizer)
     return lambda: _measure(config, lm, prompts, Probe(candidates, config.new_tokens - 1), schedules, dtype)
 
@@ -155,6 +153,7 @@ def _measure(
                     [ids for ids, _ in batch],
                     policies=[probe, *schedules.values()],
                     max_new_tokens=config.new_tokens,
+                    allow_beyond_context=True,  # `command_line.check_context` has checked it
                 )
                 if batch[0][1] is None:
                     out, state = rj.decode(lm.params, lm.config, state, policy=rj.FullAttention(), eos_ids=())

@@ -6,9 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from recyc_jax.commands.plotting import plot
+
 IDEAL = "best set of the step"
 
 
+@plot
 def plot_covered(path: Path, covered: dict[str, Any], names: list[str]) -> None:
     """Plot the mean over layers against steps, one panel per source."""
     from matplotlib.figure import Figure
@@ -26,6 +29,7 @@ def plot_covered(path: Path, covered: dict[str, Any], names: list[str]) -> None:
     figure.savefig(path, dpi=150)
 
 
+@plot
 def plot_layers(path: Path, covered: dict[str, Any], names: list[str]) -> None:
     """Plot how much less each set covers than the best set, by layer and step."""
     from matplotlib.figure import Figure
@@ -46,6 +50,7 @@ def plot_layers(path: Path, covered: dict[str, Any], names: list[str]) -> None:
     figure.savefig(path, dpi=80)
 
 
+@plot
 def plot_strides(path: Path, strides: dict[str, dict[str, list[float | None]]]) -> None:
     """Plot the effective stride by layer, one panel per policy."""
     from matplotlib.figure import Figure

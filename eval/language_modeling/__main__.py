@@ -29,8 +29,8 @@ class Config:
     model: str = "smollm2-135m"
     """Hub id, folder in Hugging Face layout, .gguf file, or smollm2-135m."""
     domains: str = "novels"
-    """Comma-separated: novels, essays, latex (182 MB to fetch); NAME=PATH to a file or folder; NAME=DATASET on the
-    hub."""
+    """Comma-separated: novels, essays, latex (182 MB to fetch); NAME=PATH or NAME=PATH:COLUMN to a text, JSON-lines or
+    parquet file or a folder of them; NAME=glob:PATTERN; NAME=DATASET or NAME=DATASET:CONFIG:SPLIT:COLUMN on the hub."""
     lengths: str = "1024"
     """Comma-separated total lengths (context and scored tokens) in tokens."""
     new_tokens: int = 256
@@ -50,7 +50,10 @@ class Config:
     seed: int = 42
     """Chooses the sequences."""
     out: Path = Path("results/language_modeling")
-    """Results folder; an interrupted run resumes from it."""
+    """Results folder; an interrupted run resumes from it, and a run with further policies, domains, lengths or
+    sequences adds to it."""
+    fresh: bool = False
+    """Put the results in --out aside, and begin anew."""
     batch_size: int = 8
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU."""
@@ -72,7 +75,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     from eval.language_modeling import run
     from eval.language_modeling import windows as cutting
     from recyc_jax.commands import backends, documents
-    from recyc_jax.loading import identity, pretrained
+    from recyc_jax.loading import identity, pretrained, weights
 
     lengths = command_line.lengths(config.lengths)
     command_line.check_counts(sequences=config.sequences, batch_size=config.batch_size, new_tokens=config.new_tokens)
@@ -81,15 +84,13 @@ def _prepare(config: Config) -> Callable[[], None]:
         raise ValueError(f"--skip {config.skip} must be 0 or more")
     if config.new_tokens >= min(lengths):
         raise ValueError(f"--new-tokens {config.new_tokens} leaves no context of --lengths {min(lengths)}")
-    specs = command_line.split("--domains", config.domains)
+    specs = documents.split("--domains", config.domains)
     names = [spec.partition("=")[0] for spec in specs]
     if len(set(names)) < len(names):
         raise ValueError("--domains names a domain twice")
     backends.select(config.backend, several_hosts=True)
-    folder = pretrained.resolve(config.model)
-    model_config = pretrained.read_config(folder)
+    folder, model_config, tokenizer = pretrained.open_checkpoint(config.model)
     command_line.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
-    tokenizer = pretrained.load_tokenizer(folder)
     domains = [documents.load(spec) for spec in specs]
     windows, notes = cutting.windows(
         domains, lengths, tokenizer, count=config.sequences, skip=config.skip, seed=config.seed
@@ -99,20 +100,20 @@ def _prepare(config: Config) -> Callable[[], None]:
 
     import jax.numpy as jnp
 
-    mesh = backends.mesh(config.tensor, model_config)
+    mesh = backends.mesh(config.tensor, model_config, config.batch_size)
     dtype = command_line.dtype_name(config.dtype)
     sources = {
         "weights": identity.of_weights(folder),
         "dtype": dtype,
         **{f"domain {domain.name}": domain.source for domain in domains},
-        "sequences": f"SHA-256 {cutting.digest_of(windows)}",
     }
-    log = _open_log(config, lengths, names, sources)
+    log = _open_log(config, sources, identity.of_tokenizer(tokenizer))
+    log.check_samples({window.key: window.digest for window in windows})
     todo = list(run.batches(windows, config.policies, config.batch_size, log))
-    report = functools.partial(_report, config, log, sources, notes)
+    report = functools.partial(_report, config, log, {window.key for window in windows}, sources, notes)
     if not todo:
         return report
-    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype), mesh)
+    params = weights.load_params(folder, model_config, jnp.dtype(dtype), mesh)
     lm = pretrained.PretrainedLM(params, model_config, tokenizer)
 
     def evaluate() -> None:
@@ -123,28 +124,34 @@ def _prepare(config: Config) -> Callable[[], None]:
     return evaluate
 
 
-def _open_log(config: Config, lengths: list[int], domains: list[str], sources: dict[str, str]) -> RunLog:
+def _open_log(config: Config, sources: dict[str, str], tokenizer: str) -> RunLog:
     from recyc_jax.commands.run_log import RunLog
 
     configuration = {
-        "model": config.model,
-        "domains": sorted(domains),
-        "lengths": sorted(lengths),
+        "weights": sources["weights"],
+        "tokenizer": tokenizer,
+        "dtype": sources["dtype"],
         "new_tokens": config.new_tokens,
-        "policies": sorted(config.policies),
         "seed": config.seed,
-        **sources,
     }
-    return RunLog(config.out, configuration, ("policy", "domain", "length", "index"))
+    return RunLog(config.out, configuration, ("policy", "domain", "length", "index"), config.fresh)
 
 
-def _report(config: Config, log: RunLog, sources: dict[str, str], notes: list[str]) -> None:
+def _report(
+    config: Config, log: RunLog, asked: set[tuple[str, int, int]], sources: dict[str, str], notes: list[str]
+) -> None:
+    """Write the report of the windows and policies that this command names."""
     from eval.language_modeling import report
     from recyc_jax.commands import hosts
 
     if not hosts.is_first():
         return
-    summary = report.summarise(log.rows, config.policies)
+    rows = [
+        row
+        for row in log.rows
+        if row["policy"] in config.policies and (row["domain"], row["length"], row["index"]) in asked
+    ]
+    summary = report.summarise(rows, config.policies)
     report.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))
     facts = command_line.facts(config, "eval.language_modeling", sources, scored=f"the last {config.new_tokens} tokens")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.tables import letters, markdown_legend, markdown_table, number, ordered, print_table
+from recyc_jax.commands import numbers
 from recyc_jax.commands.files import write_text
+from recyc_jax.commands.plotting import plot
 from recyc_jax.commands.run_log import Row
 
 Summary = list[dict[str, Any]]
@@ -30,9 +32,9 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
     summary = []
     for key in sorted(cells, key=lambda key: (key[0], domains.index(key[1]), policies.index(key[2]))):
         (length, domain, policy), cell = key, cells[key]
-        nll, error = _mean_and_error([row["nll"] for row in cell])
-        full = {row["index"]: row["nll"] for row in cells.get((length, domain, "full"), [])}
-        gaps = [row["nll"] - full[row["index"]] for row in cell if row["index"] in full]
+        nll, error = _mean_and_error([_loss(row) for row in cell])
+        full = {row["index"]: _loss(row) for row in cells.get((length, domain, "full"), [])}
+        gaps = [_loss(row) - full[row["index"]] for row in cell if row["index"] in full]
         gap, gap_error = _mean_and_error(gaps) if gaps else (math.nan, math.nan)
         full_steps = sum(row["full_steps"] for row in cell)
         summary.append(
@@ -40,9 +42,9 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
                 "policy": policy,
                 "domain": domain,
                 "length": length,
-                "perplexity": round(math.exp(nll), 3),
+                "perplexity": numbers.finite(numbers.perplexity(nll), 3),
                 "n": len(cell),
-                "nll": round(nll, 5),
+                "nll": numbers.finite(nll, 5),
                 "nll_stderr": number(error, 5),
                 "difference": number(gap, 5),
                 "difference_stderr": number(gap_error, 5),
@@ -54,9 +56,14 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
 
 
 def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return statistics.fmean(values), math.nan
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _loss(row: Row) -> float:
+    """A sequence's loss; infinite where it was not finite, which JSON does not have."""
+    return math.inf if row["nll"] is None else row["nll"]
 
 
 def grid(summary: Summary, length: int) -> tuple[list[str], dict[str, str], list[list[str]]]:
@@ -72,7 +79,7 @@ def grid(summary: Summary, length: int) -> tuple[list[str], dict[str, str], list
         line = [named[policy]]
         for domain in domains:
             row = cells.get((policy, domain))
-            line += ["-", "-"] if row is None else [f"{row['perplexity']:.2f}", _difference(row)]
+            line += ["-", "-"] if row is None else [numbers.shown(row["perplexity"], 2), _difference(row)]
         strides = [row["effective_stride"] for row in at_length if row["policy"] == policy]
         known = [stride for stride in strides if stride is not None]
         line.append(f"{statistics.harmonic_mean(known):.1f}" if len(known) == len(strides) else "-")
@@ -101,7 +108,6 @@ def write(
 ) -> Path:
     """Write summary.json, plot.png and report.md to `folder`; returns the path of the report."""
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _plot(folder / "plot.png", summary)
     lines = ["# Perplexity", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     for note in notes:
         lines += [f"> {note}", ""]
@@ -121,9 +127,11 @@ def write(
     lines += ["## Budgets", "", *(f"- {budget}" for budget in budgets), "", "![perplexity](plot.png)", ""]
     report = folder / "report.md"
     write_text(report, "\n".join(lines) + "\n")
+    _plot(folder / "plot.png", summary)
     return report
 
 
+@plot
 def _plot(path: Path, summary: Summary) -> None:
     """Plot by how many percent each policy exceeds full attention's perplexity, one panel per length; if full attention
     was not run, plot perplexities."""
@@ -142,7 +150,7 @@ def _plot(path: Path, summary: Summary) -> None:
                 row = cells.get((policy, domain))
                 relative = row is not None and has_full and row["difference"] is not None
                 values.append(
-                    100 * math.expm1(row["difference"]) if row and relative else row["perplexity"] if row else 0
+                    100 * math.expm1(row["difference"]) if row and relative else row["perplexity"] or 0 if row else 0
                 )
                 errors.append(196 * (row["difference_stderr"] or 0) if row and relative else 0)
             at = [place + number_ * height for place in range(len(shown))]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 import recyc_jax as rj
 from eval.language_modeling.windows import Window
-from recyc_jax.commands import command_line, hosts, run_log
+from recyc_jax.commands import command_line, hosts, numbers, run_log
 from recyc_jax.commands.run_log import Row, RunLog
 
 
@@ -28,9 +29,7 @@ def batches(windows: list[Window], policies: Sequence[str], batch_size: int, log
     for length in dict.fromkeys(window.length for window in windows):
         items = [window for window in windows if window.length == length]
         rows = min(batch_size, len(items))
-        for absent, some in run_log.batches(
-            log, policies, items, lambda window: (window.domain, window.length, window.index), rows
-        ):
+        for absent, some in run_log.batches(log, policies, items, lambda window: window.key, rows):
             yield Batch(absent, some, rows)
 
 
@@ -54,7 +53,8 @@ def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int) -> Iterator
     tokens = np.asarray([window.tokens for window in filled], np.int32)
     context, scored = tokens[:, :-new_tokens], tokens[:, -new_tokens:]
     chosen = [rj.parse_policy(policy, length) for policy in batch.policies]
-    state = rj.prefill(lm.params, lm.config, context, policies=chosen, max_new_tokens=new_tokens)
+    options: Any = {"max_new_tokens": new_tokens, "allow_beyond_context": True}  # checked by command_line.check_context
+    state = rj.prefill(lm.params, lm.config, context, policies=chosen, **options)
     state.logits.block_until_ready()
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
@@ -69,7 +69,8 @@ def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int) -> Iterator
                 "index": window.index,
                 "document": window.document,
                 "offset": window.offset,
-                "nll": round(-float(chances[row].astype(np.float64).mean()), 6),
+                "sample": window.digest,
+                "nll": numbers.finite(-float(chances[row].astype(np.float64).mean()), 6),
                 "steps": new_tokens - 1,
                 "full_steps": round(float(full_steps[row].mean()), 3),
                 "seconds": round(seconds, 4),

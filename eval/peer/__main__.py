@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import statistics
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from recyc_jax import shapes
-from recyc_jax.commands import command_line, files
+from recyc_jax.commands import command_line, files, json_lines
 
 if TYPE_CHECKING:
     from recyc_jax import LlamaConfig
@@ -77,12 +76,11 @@ def _prepare(config: Config) -> Callable[[], None]:
             "torch": torch.__version__,
         }
         file = config.out / "peer.jsonl"
-        with file.open("w", encoding="utf-8") as rows:
+        with json_lines.appending(file) as add:
             for length in lengths:
                 command_line.heed_interrupt()
                 row = {"length": length, **_step_ms(config, model, length, dtype, device), **facts}
-                rows.write(json.dumps(row) + "\n")
-                rows.flush()
+                add(row)
                 print(f"{length}: {row['mean_ms']} ms a step, {row['compile_s']} s to compile", flush=True)
         print(f"{file} holds the results")
 

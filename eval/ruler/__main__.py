@@ -16,7 +16,6 @@ from eval.ruler.config import Config, check
 from recyc_jax.commands import command_line
 
 if TYPE_CHECKING:
-    from eval.ruler.cells import Cell
     from recyc_jax.commands.run_log import RunLog
 
 
@@ -36,14 +35,12 @@ def _prepare(config: Config, known: command_line.KnownPolicies) -> Callable[[], 
     from eval.ruler import cells as making
     from eval.ruler import run
     from recyc_jax.commands import backends
-    from recyc_jax.loading import identity, pretrained
+    from recyc_jax.loading import identity, pretrained, weights
 
     tasks, lengths = check(config, known)
     backends.select(config.backend, several_hosts=True)
-    folder = pretrained.resolve(config.model)
-    model_config = pretrained.read_config(folder)
+    folder, model_config, tokenizer = pretrained.open_checkpoint(config.model)
     command_line.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
-    tokenizer = pretrained.load_tokenizer(folder)
     prompting = making.prompting(tokenizer, config.template)
     cells, sources, notes = making.cells(config, tasks, lengths, prompting, model_config)
     cells = making.share_shapes(cells)
@@ -60,17 +57,19 @@ def _prepare(config: Config, known: command_line.KnownPolicies) -> Callable[[], 
     import jax.numpy as jnp
 
     dtype = command_line.dtype_name(config.dtype)
-    mesh = backends.mesh(config.tensor, model_config)
+    mesh = backends.mesh(config.tensor, model_config, config.batch_size)
     sources = {"weights": identity.of_weights(folder), "dtype": dtype, **sources}
-    log = _open_log(config, cells, sources)
+    log = _open_log(config, sources, identity.of_tokenizer(tokenizer))
+    log.check_samples(making.known_digests(cells, log.rows))
     todo = list(run.batches(config, cells, log))
     wanted = {id(cell): cell for batch in todo for cell, _ in batch.samples}
     for cell in track(wanted.values(), "checking samples", transient=True):
         cell.check()
-    report = functools.partial(_report, config, log, sources, notes, known)
+    asked = {(cell.task, cell.length, index) for cell in cells for index in range(cell.count)}
+    report = functools.partial(_report, config, log, asked, sources, notes, known)
     if not todo:
         return report
-    params = pretrained.load_params(folder, model_config, jnp.dtype(dtype), mesh)
+    params = weights.load_params(folder, model_config, jnp.dtype(dtype), mesh)
     lm = pretrained.PretrainedLM(params, model_config, tokenizer)
 
     def evaluate() -> None:
@@ -81,31 +80,39 @@ def _prepare(config: Config, known: command_line.KnownPolicies) -> Callable[[], 
     return evaluate
 
 
-def _open_log(config: Config, cells: list[Cell], sources: dict[str, str]) -> RunLog:
+def _open_log(config: Config, sources: dict[str, str], tokenizer: str) -> RunLog:
     from recyc_jax.commands.run_log import RunLog
 
     configuration = {
-        "model": config.model,
-        "tasks": sorted({cell.task for cell in cells}),
-        "lengths": sorted({cell.length for cell in cells}),
-        "samples": config.samples,
-        "policies": sorted(config.policies),
+        "tokenizer": tokenizer,
         "template": config.template,
         "seed": config.seed,
-        **sources,
+        "samples": "made" if config.data is None else "read from --data",
+        **{name: source for name, source in sources.items() if name != "samples"},
     }
-    return RunLog(config.out, configuration, ("policy", "task", "length", "index"))
+    return RunLog(config.out, configuration, ("policy", "task", "length", "index"), config.fresh)
 
 
 def _report(
-    config: Config, log: RunLog, sources: dict[str, str], notes: list[str], known: command_line.KnownPolicies
+    config: Config,
+    log: RunLog,
+    asked: set[tuple[str, int, int]],
+    sources: dict[str, str],
+    notes: list[str],
+    known: command_line.KnownPolicies,
 ) -> None:
+    """Write the report of the samples and policies that this command names."""
     from eval.ruler import report
     from recyc_jax.commands import hosts
 
     if not hosts.is_first():
         return
-    summary = report.summarise(log.rows, config.policies)
+    rows = [
+        row
+        for row in log.rows
+        if row["policy"] in config.policies and (row["task"], row["length"], row["index"]) in asked
+    ]
+    summary = report.summarise(rows, config.policies)
     report.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))
     template = config.template if config.data is None else "as the samples bring it"

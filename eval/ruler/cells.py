@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ class Cell:
     count: int
     sample: Callable[[int], Sample]
     longest: int  # the most tokens that a prompt may have, without special tokens
+    is_read: bool = False  # from --data, instead of made
     decoded: int = 0  # tokens that the run decodes; the task uses the first `new_tokens`
 
     def check(self) -> None:
@@ -84,11 +84,7 @@ def cells(
             _read(config, task, length, prompting, limit)
             for task, length in track(pairs, "reading samples", transient=True)
         ]
-        digest = hashlib.sha256()
-        for cell in found:
-            for index in range(cell.count):
-                digest.update(repr(cell.sample(index)).encode())
-        return found, {"samples": f"{config.data}, SHA-256 {digest.hexdigest()[:12]}"}, []
+        return found, {"samples": str(config.data)}, []
     sources_of_text, sources, notes, missing = _material(config, tasks)
     found = []
     for name, length in pairs:
@@ -127,6 +123,18 @@ def share_shapes(found: list[Cell]) -> list[Cell]:
     return shared
 
 
+def known_digests(found: list[Cell], rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
+    """By task, length and index, the digests of samples that `rows` hold: of all samples that are read from files, and
+    of the first and last ones that are made, which depend on the seed, the tokenizer and the texts."""
+    there = {(row["task"], row["length"], row["index"]) for row in rows}
+    digests = {}
+    for cell in found:
+        mine = [index for index in range(cell.count) if (cell.task, cell.length, index) in there]
+        for index in mine if cell.is_read else mine[:1] + mine[-1:]:
+            digests[cell.task, cell.length, index] = cell.sample(index).digest
+    return digests
+
+
 def dump(folder: Path, found: list[Cell], prompting: Prompting) -> None:
     """Write the samples to `folder` in RULER's layout."""
     overhead = prompting.count(prompting.wrap("x")) - prompting.count("x")
@@ -140,7 +148,7 @@ def _read(config: Config, task: str, length: int, prompting: Prompting, limit: i
     kind = TASKS[task]
     found = samples.read(config.data, length, task, config.samples, prompting.count, kind.new_tokens, limit)
     longest = max(length, *(sample.length for sample in found)) - kind.new_tokens
-    return Cell(task, length, kind.new_tokens, kind.metric, len(found), found.__getitem__, longest)
+    return Cell(task, length, kind.new_tokens, kind.metric, len(found), found.__getitem__, longest, is_read=True)
 
 
 def _material(config: Config, tasks: list[str]) -> tuple[Material, dict[str, str], list[str], set[str]]:

@@ -34,7 +34,10 @@ class Config:
     """base: the prompt alone. chat: the prompt in the tokenizer's chat template."""
     seed: int = 42
     out: Path = Path("results/ruler")
-    """Results folder; an interrupted run resumes from it."""
+    """Results folder; an interrupted run resumes from it, and a run with further policies, tasks, lengths or samples
+    adds to it."""
+    fresh: bool = False
+    """Put the results in --out aside, and begin anew."""
     batch_size: int = 6
     dump_samples: Path | None = None
     """Write the samples to this folder in RULER's layout, and end."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from eval.ruler.tasks.base import Essays, Words
 from eval.ruler.tasks.qa import QuestionSet, read_hotpot, read_squad
-from recyc_jax.commands import novels
+from recyc_jax.commands import novels, text_files
 from recyc_jax.commands.files import fingerprint
 from recyc_jax.loading import fetch
 
@@ -33,13 +33,16 @@ def words() -> Words:
 def essays(path: str | None) -> tuple[Essays, str]:
     """Prose for essay haystacks, and a line that names its source.
 
-    It is taken from `path` (text, or RULER's PaulGrahamEssays.json) if given, else from the official essays on the hub,
-    else from six novels of Jane Austen in a Debian package. Raises ValueError if none of these is available.
+    It is taken from `path` (text, or RULER's PaulGrahamEssays.json) if given, else from another project's copy of the
+    official essays on the hub (RULER itself downloads them from their author's site), else from six novels of Jane Austen
+    in a Debian package. Raises ValueError if none of these is available.
     """
     if path is not None:
         text, source = _read_essays(Path(path)), f"{Path(path).name}, SHA-256 {fingerprint(Path(path))}"
-    elif _hub_has(HUB_ESSAYS):
-        text, source = "\n".join(row["text"] for row in _hub_rows(HUB_ESSAYS, None, "train")), f"hub: {HUB_ESSAYS}"
+    elif revision := _hub_revision(HUB_ESSAYS):
+        rows = _hub_rows(HUB_ESSAYS, None, "train", revision)
+        text = "\n".join(row["text"] for row in rows)
+        source = f"hub: {HUB_ESSAYS}, another project's copy of the official essays, revision {revision}"
     else:
         try:
             file = novels.fetched()
@@ -58,14 +61,15 @@ def essays(path: str | None) -> tuple[Essays, str]:
 
 def _read_essays(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        text = text_files.decoded(data, "")
         text = json.loads(text)["text"] if path.suffix == ".json" else text
         if not isinstance(text, str):
             raise TypeError
-        return text
+        return text_files.whole(text)
     except OSError as error:
         raise ValueError(f"--essays {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         raise ValueError(f'--essays {path}: neither UTF-8 text nor JSON of the form {{"text": ...}}') from None
 
 
@@ -93,9 +97,10 @@ def squad(path: str | None) -> QuestionSet | None:
     reach."""
     if path is not None:
         return _parse("--qa-squad", path, read_squad)
-    if not _hub_has("rajpurkar/squad_v2"):
+    revision = _hub_revision("rajpurkar/squad_v2")
+    if revision is None:
         return None
-    return read_squad(squad_file(_hub_rows("rajpurkar/squad_v2", None, "validation")))
+    return read_squad(squad_file(_hub_rows("rajpurkar/squad_v2", None, "validation", revision)))
 
 
 def hotpot(path: str | None) -> QuestionSet | None:
@@ -103,34 +108,36 @@ def hotpot(path: str | None) -> QuestionSet | None:
     out of reach."""
     if path is not None:
         return _parse("--qa-hotpot", path, read_hotpot)
-    if not _hub_has("hotpotqa/hotpot_qa"):
+    revision = _hub_revision("hotpotqa/hotpot_qa")
+    if revision is None:
         return None
-    return read_hotpot(hotpot_file(_hub_rows("hotpotqa/hotpot_qa", "distractor", "validation")))
+    return read_hotpot(hotpot_file(_hub_rows("hotpotqa/hotpot_qa", "distractor", "validation", revision)))
 
 
 def _parse(flag: str, path: str, read: Any) -> QuestionSet:
     try:
-        questions = read(json.loads(Path(path).read_text(encoding="utf-8")))
+        questions = read(json.loads(text_files.decoded(Path(path).read_bytes(), "as text")))
     except OSError as error:
         raise ValueError(f"{flag} {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{flag} {path}: not in the official layout ({type(error).__name__}: {error})") from None
     if not questions.questions:
         raise ValueError(f"{flag} {path}: there is no question in it")
     return questions
 
 
-def _hub_has(dataset: str) -> bool:
+def _hub_revision(dataset: str) -> str | None:
+    """The revision of a dataset on the hub; None if the hub is out of reach or has no such dataset."""
     try:
-        return fetch.hub_answers(dataset, "dataset")
+        return fetch.hub_revision(dataset, "dataset")
     except fetch.UnavailableError:
-        return False
+        return None
 
 
-def _hub_rows(name: str, config: str | None, split: str) -> Any:
+def _hub_rows(name: str, config: str | None, split: str, revision: str) -> Any:
     import datasets
 
-    return datasets.load_dataset(name, config, split=split)
+    return datasets.load_dataset(name, config, split=split, revision=revision)
 
 
 def squad_file(rows: Any) -> dict[str, Any]:

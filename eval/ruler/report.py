@@ -13,6 +13,7 @@ from eval.ruler.scoring import mean_and_error, mean_of_tasks, paired
 from eval.ruler.tasks.registry import TASKS
 from eval.tables import letters, markdown_legend, markdown_table, number, ordered, print_table
 from recyc_jax.commands.files import write_text
+from recyc_jax.commands.plotting import plot
 from recyc_jax.commands.run_log import Row
 
 Summary = list[dict[str, Any]]
@@ -112,7 +113,6 @@ def write(
 ) -> Path:
     """Write summary.json, plot.png and report.md to `folder`; returns the path of the report."""
     write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    _plot(folder / "plot.png", summary)
     lines = ["# RULER", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     for note in notes:
         lines += [f"> {note}", ""]
@@ -140,9 +140,11 @@ def write(
         lines.append(f"- `{policy}`: {sum(row['seconds'] for row in summary if row['policy'] == policy):.0f}")
     report = folder / "report.md"
     write_text(report, "\n".join(lines) + "\n")
+    _plot(folder / "plot.png", summary)
     return report
 
 
+@plot
 def _plot(path: Path, summary: Summary) -> None:
     """Plot the mean score against length, one line per policy; with a single length, bars by task and policy."""
     from matplotlib import colormaps

@@ -62,7 +62,13 @@ def _decode_batch(lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPo
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     chosen = [rj.parse_policy(policy, cells[0].length, known or POLICIES) for policy in batch.policies]
     state = rj.prefill(
-        lm.params, lm.config, tokens, prompt_lengths=lengths, policies=chosen, max_new_tokens=cells[0].decoded
+        lm.params,
+        lm.config,
+        tokens,
+        prompt_lengths=lengths,
+        policies=chosen,
+        max_new_tokens=cells[0].decoded,
+        allow_beyond_context=True,  # `command_line.check_context` has checked it
     )
     state.logits.block_until_ready()
     for name, policy in zip(batch.policies, chosen, strict=True):
@@ -80,6 +86,7 @@ def _decode_batch(lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPo
                     "task": cell.task,
                     "length": cell.length,
                     "index": sample.index,
+                    "sample": sample.digest,
                     "prompt_tokens": len(ids),
                     "prediction": prediction,
                     "references": list(sample.outputs),

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from eval.ruler.tasks.base import Sample
-from recyc_jax.commands.files import write_text
+from recyc_jax.commands.files import read_text, write_text
+from recyc_jax.commands.text_files import whole
 
 
 def _file(folder: Path, length: int, task: str) -> Path:
@@ -52,22 +53,20 @@ def read(
     a row is malformed or takes more than `longest` tokens including its answer."""
     file = _file(folder, length, task)
     samples = []
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except OSError as error:
-        raise ValueError(f"--data: {file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--data: {file}: not UTF-8 ({error})") from None
-    for number, line in enumerate([line for line in lines if line.strip()][:limit]):
+    # not splitlines: JSON strings may hold U+2028
+    lines = [line for line in read_text("--data:", file).split("\n") if line.strip()]
+    for number, line in enumerate(lines[:limit]):
         where = f"--data: {file}:{number + 1}"
         try:
             row = json.loads(line)
             text, outputs, prefix = row["input"], row["outputs"], row.get("answer_prefix", "")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: not a sample ({type(error).__name__}: {error})") from None
         strings = isinstance(outputs, list) and outputs and all(isinstance(out, str) and out for out in outputs)
         if not (isinstance(text, str) and text and isinstance(prefix, str) and strings):
             raise ValueError(f"{where}: input and answer_prefix must be strings, outputs a list of non-empty strings")
+        if any(whole(part) != part for part in (text, prefix, *outputs)):
+            raise ValueError(f"{where}: holds an unpaired surrogate, which no tokenizer takes")
         sample = Sample(number, text, prefix, tuple(outputs), 0)
         sample = dataclasses.replace(sample, length=count(sample.prompt) + new_tokens)
         if longest is not None and sample.length > longest:

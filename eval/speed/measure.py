@@ -7,7 +7,6 @@ scores are nearly equal: `kernels/gpu/top_slots.py`.)
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from eval.speed import roofline
 from eval.speed.config import Config
 from eval.tables import letters, print_table
 from recyc_jax import LlamaConfig, Policy, implementations, parse_policy
-from recyc_jax.commands import command_line, measuring
+from recyc_jax.commands import command_line, json_lines, measuring
+from recyc_jax.commands.plotting import plot
 
 STEPS = 40
 """Decode steps that are timed, rounded up to whole periods."""
@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
-    """Time every policy at every length; each row is written to disk as soon as it is measured."""
+    """Time every policy at every length; each row is added to those of earlier runs as soon as it is measured."""
     dtype = jnp.dtype(command_line.dtype_name(config.dtype))
     bandwidth = measuring.copy_bandwidth()
     kind = jax.devices()[0].device_kind
@@ -47,7 +47,7 @@ def measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
     params = measuring.random_like(shapes, config.seed, 0.02)
     file, measured = config.out / "speed.jsonl", []
     policies = _full_first(config.policies)
-    with file.open("w", encoding="utf-8") as rows:
+    with json_lines.appending(file) as add:
         for length in lengths:
             full_ms, known = None, {}
             prefill_ms = None
@@ -66,8 +66,7 @@ def measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
                     "device": kind,
                     "jax": jax.__version__,
                 }
-                rows.write(json.dumps(row) + "\n")
-                rows.flush()
+                add(row)
                 measured.append(row)
                 print(f"{length} {text}: {row['mean_ms']} ms a step, {row['compile_s']} s to compile", flush=True)
                 if row["times_full"] is not None and text != "full" and row["times_full"] < 1:
@@ -157,7 +156,7 @@ def _prefill_ms(config: Config, model: LlamaConfig, params: Any, length: int) ->
     tokens = np.random.default_rng(config.seed).integers(0, model.vocab_size, (config.batch, length)).astype(np.int32)
 
     def run() -> Any:
-        options: Any = {"max_new_tokens": 1, "implementation": _implementation(config)}
+        options: Any = {"max_new_tokens": 1, "allow_beyond_context": True, "implementation": _implementation(config)}
         return rj.prefill(params, model, tokens, **options).logits
 
     jax.block_until_ready(run())
@@ -197,6 +196,7 @@ def mean_ms(
     return round(mean, 4), round(compile_s, 1), stats.get("peak_bytes_in_use")
 
 
+@plot
 def _plot(path: Path, rows: list[dict[str, Any]], title: str) -> None:
     """Plot the mean milliseconds per step against the context length, one line per policy; dashed lines show the floor,
     the time in which a copy moves the same bytes."""

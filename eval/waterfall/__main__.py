@@ -7,7 +7,6 @@ period, such as those that choose a set before the first step, are left out."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -77,7 +76,7 @@ def _measure(config: Config, shape: LlamaConfig, implementation: str | None) -> 
 
     import recyc_jax as rj
     from eval.tables import print_table
-    from recyc_jax.commands import measuring
+    from recyc_jax.commands import json_lines, measuring
     from recyc_jax.policies.registry import parse_policy
 
     dtype = jnp.dtype(command_line.dtype_name(config.dtype))
@@ -86,7 +85,7 @@ def _measure(config: Config, shape: LlamaConfig, implementation: str | None) -> 
     print(f"{kind}: a copy moves {bandwidth:.1f} GB/s", flush=True)
     shapes = jax.eval_shape(lambda: rj.init_params(shape, jax.random.key(0), dtype))
     params = measuring.random_like(shapes, config.seed, 0.02)
-    with (config.out / "waterfall.jsonl").open("w", encoding="utf-8") as rows:
+    with json_lines.appending(config.out / "waterfall.jsonl") as add:
         for text in config.policies:
             command_line.heed_interrupt()
             policy = parse_policy(text, config.length)
@@ -101,7 +100,7 @@ def _measure(config: Config, shape: LlamaConfig, implementation: str | None) -> 
                 share = None if size is None else round(100 * size / bandwidth / 1e3 / found["us"], 1)
                 row = found | {"bytes": size, "percent_of_floor": share, "policy": text, "bandwidth_gb_s": bandwidth}
                 row |= {"model": config.model, "batch": config.batch, "length": config.length, "device": kind}
-                rows.write(json.dumps(row | {"jax": jax.__version__}) + "\n")
+                add(row | {"jax": jax.__version__})
                 times = (str(found["a_period"]), f"{found['us']:.2f}", f"{found['us'] * found['a_period']:.1f}")
                 megabytes = "" if size is None else f"{size / 1e6:.1f}"
                 body.append([found["kernel"], *times, megabytes, str(share or "")])

@@ -62,7 +62,7 @@ class KeptSlots:
         """`attend`, the log-probability of each entry of the set, and that of each of the newest W = `reads.most`
         slots, in the order of slots; -inf for what is not read."""
         remaining, first = reads.remaining(self.size)
-        remains = (jnp.arange(self.size) < remaining[:, None, None]) & (self.slots < reads.length)
+        remains = (jnp.arange(self.size, dtype=jnp.int32) < remaining[:, None, None]) & (self.slots < reads.length)
         newest_slots = reads.length - reads.most + jnp.arange(reads.most, dtype=jnp.int32)
         is_new = (newest_slots >= first[:, None]) & (newest_slots >= 0)
         new = jnp.broadcast_to(jnp.where(is_new, newest_slots, -1)[:, None], (*self.slots.shape[:2], reads.most))

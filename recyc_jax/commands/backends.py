@@ -38,10 +38,10 @@ def on(mesh: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def mesh(tensor: int, config: Any) -> Any:
+def mesh(tensor: int, config: Any, batch_size: int) -> Any:
     """A mesh over all devices of the run, in which groups of `tensor` devices share each row's heads (0: the largest
-    groups that divide devices and model); None for a single device. Raises ValueError if `tensor` does not divide the
-    number of devices or the model's dimensions."""
+    groups that divide devices and model); None for a single device. Prints a line where `batch_size` rows do not divide
+    among the groups. Raises ValueError if `tensor` does not divide the number of devices or the model's dimensions."""
     import jax
 
     from recyc_jax import sharding
@@ -52,7 +52,16 @@ def mesh(tensor: int, config: Any) -> Any:
     if devices % tensor:
         raise ValueError(f"--tensor {tensor} does not divide the {devices} devices that there are")
     sharding.check_divides(config, 1, tensor)
-    return None if devices == 1 else sharding.mesh(devices // tensor, 1, tensor)
+    if devices == 1:
+        return None
+    groups = devices // tensor
+    if batch_size % groups and jax.process_index() == 0:
+        print(
+            f"--batch-size {batch_size} does not divide among {groups} groups of devices: each computes every row; a "
+            f"multiple of {groups} would share them",
+            flush=True,
+        )
+    return sharding.mesh(groups, 1, tensor)
 
 
 def _divides(config: Any, tensor: int) -> bool:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from recyc_jax.commands import locks
+from recyc_jax.commands import files, hosts, locks, together
 
 if TYPE_CHECKING:
     from recyc_jax.policies.registry import MakePolicy
@@ -18,29 +18,58 @@ KnownPolicies: TypeAlias = "Mapping[str, MakePolicy] | None"
 """The methods that policy strings may name, by name; None: the registered methods."""
 
 
-def run(prepare: Callable[[Any], Callable[[], None]], config: Any, when_interrupted: str) -> int:
+@together.end_together
+def run(
+    prepare: Callable[[Any], Callable[[], int | None]],
+    config: Any,
+    when_interrupted: str,
+    join: Callable[[], None] = hosts.join_named,
+) -> int:
     """Prepare and run a command; returns the exit status.
 
-    `prepare` checks all input, up to and including the loading of weights, and returns a function that does the rest.
-    A ValueError or OSError from `prepare` is a user error: its message is printed on one line, and the status is 2.
-    Ctrl-C gives status 130 and the message `when_interrupted`.
+    `join` connects to the run's other processes, if there are any. `prepare` checks all input, up to and including the
+    loading of weights, and returns a function that does the rest and may return a status. A ValueError or OSError from
+    `join` or `prepare` is a user error: its message is printed on one line, and the status is 2. A full disk gives
+    status 1, Ctrl-C status 130; both print the message `when_interrupted`. If one of several processes does not
+    succeed, all of them end.
     """
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
+            join()
             go = prepare(config)
         except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            together.note(error, 2)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
             return 2
-        go()
+        try:
+            status = go()
+        except Exception as error:
+            if not files.no_space(error):
+                raise
+            together.note("no space left to write", 1)
+            print(f"error: no space left to write ({_first_line(error)}); {when_interrupted}", file=sys.stderr)
+            return 1
     except KeyboardInterrupt:
+        together.note("interrupted", 130)
         print(f"interrupted; {when_interrupted}", file=sys.stderr)
         return 130
     finally:
         locks.release()
         _interrupted.clear()
         signal.signal(signal.SIGINT, before)
-    return 0
+    return status or 0
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error without line breaks."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split("\n")) or type(error).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 _interrupted: list[int] = []

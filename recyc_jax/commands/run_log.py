@@ -3,39 +3,56 @@ scored."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from recyc_jax.commands import hosts, locks
-from recyc_jax.commands.files import write_text
+from recyc_jax.commands.files import writable_folder, write_text
 
 Row = dict[str, Any]
 Item = TypeVar("Item")
+_ADVICE = "choose another --out, or begin anew with --fresh"
 
 
 class RunLog:
-    """Rows in `results.jsonl`, and the configuration of the run in `config.json`. The fields `key` identify a row.
+    """Rows in `results.jsonl`, and in `config.json` what all of them have in common. The fields `key` identify a row;
+    its field `sample` is a digest of what was evaluated.
 
-    Raises ValueError if the folder cannot be written, is in use by another process, or holds an invalid row or rows of
-    another configuration. A last line that a kill truncated is dropped, and its sample is evaluated again.
+    A run grows: rows of further policies, tasks or samples are added to those that are there. Raises ValueError if the
+    folder cannot be written, is in use by another process, or holds an invalid row or rows of another configuration;
+    with `fresh`, such rows are put aside as `results-N.jsonl`. A last line that a kill truncated is dropped, and its
+    sample is evaluated again.
     """
 
-    def __init__(self, folder: Path, configuration: Mapping[str, Any], key: Sequence[str]) -> None:
+    def __init__(self, folder: Path, configuration: Mapping[str, Any], key: Sequence[str], fresh: bool = False) -> None:
         self.path = folder / "results.jsonl"
-        self._key = tuple(key)
+        self._folder, self._key = folder, tuple(key)
 
         def claim_and_read() -> list[Row]:
             try:
-                self._claim(folder, dict(configuration))
+                self._claim(dict(configuration), fresh)
                 return self._read()
             except OSError as error:
                 raise ValueError(f"--out {folder}: {error.strerror}") from None
 
         self.rows = hosts.from_first(claim_and_read)
         self._seen = {self._id(row) for row in self.rows}
+
+    def check_samples(self, digest_of: Mapping[tuple[Any, ...], str]) -> None:
+        """Raise ValueError if a row was made of another sample than the one of its key now. `digest_of` gives the
+        samples' digests by key without the policy, which comes first in the key."""
+        for row in self.rows:
+            now = digest_of.get(self._id(row)[1:])
+            if now is not None and row.get("sample") != now:
+                which = ", ".join(f"{name} {row[name]}" for name in self._key[1:])
+                raise ValueError(
+                    f"--out {self._folder} holds results of other samples: those of {which} have changed; {_ADVICE}"
+                )
 
     def __contains__(self, identity: tuple[Any, ...]) -> bool:
         return identity in self._seen
@@ -54,44 +71,48 @@ class RunLog:
     def _id(self, row: Row) -> tuple[Any, ...]:
         return tuple(row[name] for name in self._key)
 
-    def _claim(self, folder: Path, configuration: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        locks.claim(self.path, folder)
+    def _claim(self, configuration: dict[str, Any], fresh: bool) -> None:
+        folder = self._folder
+        writable_folder("--out", folder)
+        locks.claim(folder / ".lock", folder)
         file = folder / "config.json"
+        self.path.touch()
+        if fresh and self.path.stat().st_size:
+            number = next(number for number in itertools.count(1) if not (folder / f"results-{number}.jsonl").exists())
+            self.path.rename(folder / f"results-{number}.jsonl")
+            self.path.touch()
         if self.path.stat().st_size == 0:  # without rows, a different configuration may be replaced
             write_text(file, json.dumps(configuration, indent=2) + "\n")
             return
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"--out {folder}: results.jsonl is there without its config.json") from None
+            raise ValueError(f"--out {folder}: results.jsonl is there without its config.json; {_ADVICE}") from None
         except ValueError:
             before = None
         if not isinstance(before, dict):
-            raise ValueError(f"{file} holds no configuration; delete the folder or choose another --out")
+            raise ValueError(f"{file} holds no configuration; {_ADVICE}")
         for name in configuration | before:
             was, now = before.get(name), configuration.get(name)
             if was != now:
                 raise ValueError(
-                    f"--out {folder} holds another configuration: {name} was {was!r} and is {now!r} now; choose another "
-                    "--out or delete the folder"
+                    f"--out {folder} holds another configuration: {name} was {was!r} and is {now!r} now; {_ADVICE}"
                 )
 
     def _read(self) -> list[Row]:
         text = self.path.read_bytes()
         whole = text[: text.rfind(b"\n") + 1]
         if whole != text:
+            print(f"{self.path}: the last line is torn and is measured again", file=sys.stderr, flush=True)
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
         rows = []
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # not splitlines: JSON strings may hold U+2028
             try:
                 row = json.loads(line)
-                self._id(row)
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f"{self.path}:{number} is no result; delete the line or choose another --out"
-                ) from None
+                hash(self._id(row))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ValueError(f"{self.path}:{number} is no result; delete the line, or {_ADVICE}") from None
             rows.append(row)
         return rows
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,53 @@ import jax
 import numpy as np
 
 from recyc_jax.config import LlamaConfig
-from recyc_jax.loading.pretrained import hf_names
+from recyc_jax.loading.json_files import read_json
+from recyc_jax.loading.weights import hf_names
 from recyc_jax.model import Params
 
 _SHARD_BYTES = 4 << 30
-_KEPT_FILES = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja")
+_KEPT_FILES = (
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "*.model"),
+    "added_tokens.json",
+)
 
 
 def save_pretrained(folder: Path, params: Params, config: LlamaConfig, source: Path, dtype: Any) -> None:
     """Write `params` in `dtype` to `folder`, with the config and tokenizer of `source`, the checkpoint folder that
     training started from.
 
-    The folder is written under a temporary name and then renamed, so it is never incomplete; an existing one is
-    replaced.
-    """
+    The folder is written under a temporary name and then renamed, so it is never incomplete. An existing model is
+    replaced; where `folder` is a link, the folder that it points to is. Raises ValueError for a folder that holds
+    something else, and OSError if it cannot be written."""
+    folder = folder.resolve()
+    if not may_replace(folder):
+        raise ValueError(f"{folder} holds something else than a model: move it away")
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    draft.mkdir(parents=True)
+    try:
+        _write(draft, params, config, source, dtype)
+        if folder.exists():
+            before = draft.with_suffix(".before")
+            folder.rename(before)
+            draft.rename(folder)
+            shutil.rmtree(before)
+        else:
+            draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def may_replace(folder: Path) -> bool:
+    """Whether `folder` is absent, empty or holds a model, and so may be replaced by one."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
+
+
+def _write(draft: Path, params: Params, config: LlamaConfig, source: Path, dtype: Any) -> None:
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    draft = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     shards: list[dict[str, np.ndarray]] = [{}]
     for name, path in hf_names(config).items():
         leaf = params
@@ -45,13 +73,16 @@ def save_pretrained(folder: Path, params: Params, config: LlamaConfig, source: P
     for number, shard in enumerate(shards, 1):
         alone = len(shards) == 1
         file = "model.safetensors" if alone else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, draft / file, metadata={"format": "pt"})
+        try:
+            save_file(shard, draft / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it reports a full disk
+            raise OSError(f"{draft / file}: {error}") from error
         places |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         (draft / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": places}, indent=1)
         )
-    hf = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    hf = read_json(source / "config.json") | {"tie_word_embeddings": config.tie_word_embeddings}
     for name in {"torch_dtype", "dtype"} & hf.keys() or {"torch_dtype"}:
         hf[name] = str(np.dtype(dtype))
     (draft / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
@@ -59,5 +90,3 @@ def save_pretrained(folder: Path, params: Params, config: LlamaConfig, source: P
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, draft / file.name)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)

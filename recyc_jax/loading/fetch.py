@@ -3,7 +3,9 @@ Hugging Face hub is out of reach."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import logging
 import os
 import queue
 import shutil
@@ -11,12 +13,16 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
+
 HUB_TIMEOUT_S = 5
+_ABANDONED_S = 24 * 3600  # after which a temporary folder belongs to no process any more
 
 
 class UnavailableError(ValueError):
@@ -31,15 +37,33 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "recyc_jax"
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder below the cache folder. Raises ValueError that names the variable to set where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {cache_dir()} cannot be written ({error.strerror}): set RECYC_JAX_CACHE to another"
+        ) from None
+
+
 @contextmanager
-def building(target: Path) -> Iterator[Path]:
-    """Yields a temporary path that is renamed to `target` if the block succeeds, and deleted if it fails."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def building(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Yields a temporary path that is renamed to `target` if the block succeeds, and deleted if it fails. A file at
+    `target` is replaced if `replace`; otherwise what another process has built there meanwhile is kept."""
+    make_folder(target.parent)
+    try:
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(left, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ValueError(f"{target.parent} cannot be written ({error.strerror}): set RECYC_JAX_CACHE") from None
     try:
         yield work / target.name
         try:
-            (work / target.name).rename(target)
+            if replace or not target.is_file():
+                (work / target.name).rename(target)
         except OSError:
             if not target.exists():  # otherwise another process has built it meanwhile
                 raise
@@ -119,7 +143,8 @@ def transport_errors() -> tuple[type[Exception], ...]:
     return (OSError, *(base for base in errors.HfHubHTTPError.__bases__ if issubclass(base, Exception)))
 
 
-_out_of_reach = threading.Event()  # set once the hub did not answer: later calls do not wait for it again
+_ASK_AGAIN_S = 30
+_failed: list[float] = []  # when the hub last did not answer, monotonic seconds: it is not waited for at each call
 
 
 def hub_answers(repo: str, repo_type: str = "model") -> bool:
@@ -127,36 +152,46 @@ def hub_answers(repo: str, repo_type: str = "model") -> bool:
 
     Raises UnavailableError if the hub answers that there is no such repository, or that it needs a login.
     """
+    return hub_revision(repo, repo_type) is not None
+
+
+def hub_revision(repo: str, repo_type: str = "model") -> str | None:
+    """The newest revision of `repo`, as the hub answers within 5 seconds; None if the hub is out of reach. A hub that
+    did not answer is asked again after half a minute. Raises UnavailableError as `hub_answers` does."""
     from huggingface_hub import errors
 
-    if _out_of_reach.is_set():
-        return False
-    error = _ask_hub(repo, repo_type)
-    if error is None:
-        return True
-    if isinstance(error, errors.RepositoryNotFoundError):  # raised for gated repositories too
+    if _failed and time.monotonic() - _failed[-1] < _ASK_AGAIN_S:
+        return None
+    answer = _ask_hub(repo, repo_type)
+    if isinstance(answer, str):
+        _failed.clear()
+        return answer
+    if isinstance(answer, errors.RepositoryNotFoundError):  # raised for gated repositories too
         raise UnavailableError(f"hub: there is no {repo_type} {repo}, or it needs a login (hf auth login)")
-    if isinstance(error, errors.HFValidationError):
-        raise UnavailableError(f"hub: {error}")
-    if isinstance(error, transport_errors()):
-        _out_of_reach.set()
-        return False
-    raise error
+    if isinstance(answer, errors.HFValidationError):
+        raise UnavailableError(f"hub: {answer}")
+    # ValueError and ImportError: the client does not take the machine's proxy variables
+    if isinstance(answer, (*transport_errors(), ValueError, ImportError)):
+        _failed[:] = [time.monotonic()]
+        if not isinstance(answer, OSError):
+            _log.warning("the hub is out of reach: %s", (str(answer).splitlines() or [type(answer).__name__])[0])
+        return None
+    raise answer
 
 
-def _ask_hub(repo: str, repo_type: str) -> BaseException | None:
-    """The exception that a request for the repository raises, a TimeoutError after 5 seconds; None if it succeeds.
+def _ask_hub(repo: str, repo_type: str) -> str | BaseException:
+    """The repository's revision, or the exception that the request raises; a TimeoutError after 5 seconds.
 
     The client's own timeout restarts with every retry and phase, so the wait is bounded by a thread instead.
     """
-    import huggingface_hub
-
-    outcome: queue.Queue[BaseException | None] = queue.Queue()
+    outcome: queue.Queue[str | BaseException] = queue.Queue()
 
     def ask() -> None:
         try:
-            huggingface_hub.HfApi().repo_info(repo, repo_type=repo_type, timeout=HUB_TIMEOUT_S)
-            outcome.put(None)
+            import huggingface_hub
+
+            found = huggingface_hub.HfApi().repo_info(repo, repo_type=repo_type, timeout=HUB_TIMEOUT_S)
+            outcome.put(found.sha or "main")
         except Exception as error:  # returned to the caller
             outcome.put(error)
 

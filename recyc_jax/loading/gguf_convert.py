@@ -1,4 +1,4 @@
-"""Converts a GGUF file to a folder in Hugging Face layout, which is cached because reading GGUF metadata takes seconds.
+"""Converts a GGUF file to a folder in Hugging Face layout, which is cached because dequantising takes long.
 
 Quantised tensors are dequantised (exactly, in float32) and stored as float16, whose 11-bit significand holds 4-bit
 weights times a float16 scale more precisely than bfloat16 would; a tensor that overflows float16 is stored as float32.
@@ -7,18 +7,29 @@ Unquantised tensors keep their dtype.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from recyc_jax import rope
-from recyc_jax.config import LlamaConfig, RopeScaling
-from recyc_jax.loading import fetch, gguf_tokenizer
+from recyc_jax.config import LlamaConfig
+from recyc_jax.loading import (
+    digests,
+    fetch,
+    gguf_file,
+    gguf_metadata,
+    gguf_parts,
+    gguf_tokenizer,
+    gguf_vocabulary,
+)
 
 _NAMES = {
     "attn_norm": "input_layernorm",
@@ -31,19 +42,22 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_SHARD_BYTES = 2 << 30  # tensors collected in memory before a shard is written
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_EMBEDDING = "token_embd.weight"
+_QKV_BIAS = re.compile(r"blk\.[0-9]+\.attn_[qkv]\.bias")
+_ROPE_DIVISORS = "rope_freqs.weight"  # turned into the config's rope_scaling
+_SHARD_BYTES = 2 << 30  # tensors collected in memory before a shard is written
+FORMAT = 2  # of the converted folders; counted up when a later version converts the same file otherwise
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def cached_folder(file: Path) -> Path:
-    """The cached folder that `file` was converted to; converts it if there is none. Raises ValueError for a missing
-    file."""
+    """The cached folder that `file` was converted to; converts it if there is none. If `file` is one part of several,
+    all of them are converted. Raises ValueError for a missing file or part."""
     if not file.is_file():
         raise ValueError(f"model {str(file)!r}: there is no such file")
-    stat = file.stat()
-    with file.open("rb") as stream:
-        fingerprint = hashlib.sha256(stream.read(1 << 20) + f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    folder = fetch.cache_dir() / f"{file.stem}-{fingerprint.hexdigest()[:12]}"
+    parts = gguf_parts.parts(file)
+    folder = fetch.cache_dir() / f"{gguf_parts.name(file)}-{_fingerprint(parts)[:12]}"
     if not folder.is_dir():
         with fetch.building(folder) as work:
             convert(file, work)
@@ -51,136 +65,185 @@ def cached_folder(file: Path) -> Path:
     return folder
 
 
+def _fingerprint(parts: list[Path]) -> str:
+    """A digest of all bytes of the files, in hexadecimal."""
+    found = hashlib.sha256(f"format {FORMAT}".encode())
+    for part in parts:
+        try:
+            found.update(digests.file_digest(part).encode())
+        except OSError as error:
+            raise ValueError(f"{part}: cannot be read ({error.strerror})") from None
+    return found.hexdigest()
+
+
 def convert(file: Path, folder: Path) -> None:
-    """Write config.json, safetensors shards with their index, and the tokenizer's files to `folder`. Raises ValueError
-    naming the file and the cause."""
-    import gguf
+    """Write config.json, safetensors shards with their index, and the tokenizer's files to `folder`. The metadata and
+    the tensors' names and shapes are checked before anything is written. Raises ValueError naming the file and the
+    cause, also where there is no space to write."""
     from rich.progress import Progress
-    from safetensors.numpy import save_file
 
     with Progress(transient=True) as progress:
         bar = progress.add_task(f"reading {file.name}", total=None)
+        contents = gguf_parts.read(gguf_parts.parts(file))
         try:
-            reader = gguf.GGUFReader(file)
-            fields = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise ValueError(f"{file}: not a complete GGUF file ({error})") from None
-        try:
-            config = _hf_config(fields, reader.tensors)
-            tokenizer, tokenizer_config = gguf_tokenizer.build(fields)
-        except KeyError as error:
-            raise ValueError(f"{file}: the field {error.args[0]!r} is missing") from None
+            config = _hf_config(contents)
+            tensors = _used(contents, LlamaConfig.from_hf(config))
+            tokenizer, tokenizer_config = gguf_tokenizer.build(contents.fields)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        folder.mkdir(parents=True)
-        shard: dict[str, np.ndarray] = {}
-        places: dict[str, str] = {}
-        size = 0
-        progress.update(bar, description=f"converting {file.name}", total=len(reader.tensors))
-        for number, tensor in enumerate(reader.tensors, 1):
-            if tensor.name != "rope_freqs.weight":  # already turned into the config's rope_scaling
-                name = _hf_name(tensor.name, file)
-                shard[name] = _unpermuted(_read(tensor, file), name, config)
-            if number == len(reader.tensors) or sum(array.nbytes for array in shard.values()) > _SHARD_BYTES:
-                shard_name = f"model-{number:05}.safetensors"
-                save_file(shard, folder / shard_name, metadata={"format": "pt"})
-                places |= dict.fromkeys(shard, shard_name)
-                size += sum(array.nbytes for array in shard.values())
-                shard = {}
-            progress.advance(bar)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=1)
+        progress.update(bar, description=f"converting {file.name}", total=len(tensors))
+        interleaved = gguf_metadata.architecture(contents.fields) == "llama"
+        with _writing(file, folder):
+            folder.mkdir(parents=True)
+            _write_weights(tensors, config, interleaved, folder, lambda: progress.advance(bar))
+            (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+            (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2), encoding="utf-8")
+
+
+@contextmanager
+def _writing(file: Path, folder: Path) -> Iterator[None]:
+    """Turns errors of writing to `folder` into a ValueError of one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # the folder's own name is that of a temporary one, which is deleted
+        place = fetch.cache_dir() if folder.is_relative_to(fetch.cache_dir()) else folder
+        told = re.search(r"os error (\d+)", str(error))  # SafetensorError has the number in its text alone
+        code = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if code in _NO_SPACE:
+            raise ValueError(f"{file}: there is no space left in {place} for the converted weights") from None
+        raise ValueError(f"{file}: the converted weights cannot be written to {place} ({error})") from None
+
+
+def _hf_config(contents: gguf_file.Contents) -> dict[str, Any]:
+    """The config.json. Raises ValueError naming the key or tensor that is missing or not supported."""
+    fields, tensors = contents.fields, {tensor.name: tensor for tensor in contents.tensors}
+    arch = gguf_metadata.architecture(fields)
+    if _EMBEDDING not in tensors:
+        raise ValueError(f"tensor {_EMBEDDING} is missing")
+    rows = tensors[_EMBEDDING].shape[0]
+    config = gguf_metadata.hf_config(
+        fields,
+        rows=rows,
+        tied="output.weight" not in tensors,
+        # a `llama` file may have them too: Llama with these biases is Qwen2
+        qkv_bias=arch == "qwen2" or any(_QKV_BIAS.fullmatch(name) and _read(tensors[name]).any() for name in tensors),
+        divisors=_read(tensors[_ROPE_DIVISORS]) if _ROPE_DIVISORS in tensors else None,
     )
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+    vocabulary = gguf_vocabulary.read(fields)
+    if len(vocabulary.tokens) > rows:
+        raise ValueError(f"tokenizer.ggml.tokens has {len(vocabulary.tokens)} entries, {_EMBEDDING} has {rows} rows")
+    ends = gguf_vocabulary.end_ids(fields)
+    return config | {"bos_token_id": vocabulary.special.get("bos"), "eos_token_id": ends}
 
 
-def _hf_config(fields: dict[str, Any], tensors: Any) -> dict[str, Any]:
-    kind = fields["general.architecture"]
-    if kind not in ("llama", "qwen2"):
-        raise ValueError(f"general.architecture={kind!r} is not supported; llama and qwen2 are")
+def _used(contents: gguf_file.Contents, config: LlamaConfig) -> list[gguf_file.Tensor]:
+    """The tensors of a decoder of this shape, in the file's order. Raises ValueError naming a tensor that is missing, of
+    another shape, not part of such a decoder or of a type that cannot be read."""
+    tensors = {tensor.name: tensor for tensor in contents.tensors}
+    expected = set()
+    for name, shape in _shapes(config):
+        if name not in tensors:  # found in the first layer, however many a damaged file claims
+            raise ValueError(f"tensor {name} is missing")
+        if tensors[name].shape != shape:
+            raise ValueError(f"tensor {name} has shape {list(tensors[name].shape)}, the metadata ask for {list(shape)}")
+        expected.add(name)
+    for name in tensors.keys() - expected - {_ROPE_DIVISORS}:
+        _refuse(tensors[name], config)
+    used = [tensor for tensor in contents.tensors if tensor.name in expected]
+    for tensor in {tensor.kind: tensor for tensor in reversed(used)}.values():  # the first of each type
+        _read(tensor._replace(data=tensor.data[:1] if tensor.data.ndim > 1 else tensor.data))
+    return used
 
-    def get(name: str, *default: Any) -> Any:
-        return fields.get(f"{kind}.{name}", *default) if default else fields[f"{kind}.{name}"]
 
-    heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
-    names = {tensor.name: tensor for tensor in tensors}
-    config = {
-        "architectures": ["LlamaForCausalLM" if kind == "llama" else "Qwen2ForCausalLM"],
-        "model_type": kind,
-        "hidden_act": "silu",
-        "vocab_size": int(names["token_embd.weight"].shape[-1]),
-        "hidden_size": hidden,
-        "intermediate_size": int(get("feed_forward_length")),
-        "num_hidden_layers": int(get("block_count")),
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(get("attention.head_count_kv", heads)),
-        "head_dim": int(get("attention.key_length", hidden // heads)),
-        "max_position_embeddings": int(get("context_length")),
-        # float32 in the file: 1e-5 would otherwise become 9.999999747378752e-06
-        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
-        "rope_theta": float(get("rope.freq_base", 10000.0)),
-        "tie_word_embeddings": "output.weight" not in names,
-        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": _eos_ids(fields),
+def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The names and shapes of the tensors of a decoder."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    layer = {
+        "attn_norm.weight": (hidden,),
+        "attn_q.weight": (queries, hidden),
+        "attn_k.weight": (keys, hidden),
+        "attn_v.weight": (keys, hidden),
+        "attn_output.weight": (hidden, queries),
+        "ffn_norm.weight": (hidden,),
+        "ffn_gate.weight": (inner, hidden),
+        "ffn_up.weight": (inner, hidden),
+        "ffn_down.weight": (hidden, inner),
     }
-    scaling = get("rope.scaling.type", "none")
-    if "rope_freqs.weight" in names:
-        config["rope_scaling"] = _llama3_scaling(config, np.array(names["rope_freqs.weight"].data))
-    elif scaling == "linear":
-        config["rope_scaling"] = {"rope_type": "linear", "factor": float(get("rope.scaling.factor"))}
-    elif scaling != "none":
-        raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported")
-    return config
+    if config.qkv_bias:
+        layer |= {"attn_q.bias": (queries,), "attn_k.bias": (keys,), "attn_v.bias": (keys,)}
+    yield _EMBEDDING, (config.vocab_size, hidden)
+    yield "output_norm.weight", (hidden,)
+    if not config.tie_word_embeddings:
+        yield "output.weight", (config.vocab_size, hidden)
+    for block in range(config.num_hidden_layers):
+        for part, shape in layer.items():
+            yield f"blk.{block}.{part}", shape
 
 
-def _eos_ids(fields: dict[str, Any]) -> list[int]:
-    """The ids that end a text, a turn or a message, as Hugging Face's generation configs list them."""
-    found = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return list(dict.fromkeys(int(number) for number in found if number is not None))
+def _refuse(tensor: gguf_file.Tensor, config: LlamaConfig) -> None:
+    """Raise ValueError for a tensor that the decoder has no place for, unless it is a bias of zeros."""
+    stem, _, kind = tensor.name.rpartition(".")
+    block = re.match(r"blk\.([0-9]+)\.", tensor.name)
+    if block and int(block[1]) >= config.num_hidden_layers:
+        raise ValueError(f"tensor {tensor.name} is of a block beyond the block_count of {config.num_hidden_layers}")
+    if kind != "bias" or stem.removeprefix(block[0] if block else "") not in (_NAMES if block else _TOP_NAMES):
+        raise ValueError(f"tensor {tensor.name} is not part of a llama or qwen2 decoder")
+    if _read(tensor).any():
+        raise ValueError(
+            f"tensor {tensor.name} is a bias; biases are supported in q, k and v, where all three have one"
+        )
 
 
-def _llama3_scaling(config: dict[str, Any], divisors: np.ndarray) -> dict[str, Any]:
-    """The published RoPE scaling that yields `divisors`: GGUF stores Llama 3's scaling as a divisor per frequency.
-    Raises ValueError if none does."""
-    plain = LlamaConfig.from_hf(config)
-    for factor in (8.0, 32.0):  # Llama 3.1, Llama 3.2
-        scaling = RopeScaling("llama3", factor)
-        scaled = LlamaConfig.from_hf(config | {"rope_scaling": {"rope_type": "llama3"} | _llama3_fields(scaling)})
-        expected = rope.inverse_frequencies(plain) / rope.inverse_frequencies(scaled)
-        if np.allclose(divisors, expected, rtol=1e-3):
-            return {"rope_type": "llama3"} | _llama3_fields(scaling)
-    raise ValueError("rope_freqs.weight is not Llama 3.1's or 3.2's scaling; other scalings are not supported")
+def _write_weights(
+    tensors: list[gguf_file.Tensor],
+    config: dict[str, Any],
+    interleaved: bool,
+    folder: Path,
+    advance: Callable[[], None],
+) -> None:
+    """Write the safetensors shards and their index."""
+    from safetensors.numpy import save_file
+
+    shard: dict[str, np.ndarray] = {}
+    places: dict[str, str] = {}
+    size = 0
+    for number, tensor in enumerate(tensors, 1):
+        name, weight = _hf_name(tensor.name), _read(tensor)
+        shard[name] = _unpermuted(weight, name, config) if interleaved else weight
+        if number == len(tensors) or sum(array.nbytes for array in shard.values()) > _SHARD_BYTES:
+            shard_name = f"model-{number:05}.safetensors"
+            save_file(shard, folder / shard_name, metadata={"format": "pt"})
+            places |= dict.fromkeys(shard, shard_name)
+            size += sum(array.nbytes for array in shard.values())
+            shard = {}
+        advance()
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
-def _llama3_fields(scaling: RopeScaling) -> dict[str, Any]:
-    return {
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_position_embeddings,
-    }
-
-
-def _hf_name(name: str, file: Path) -> str:
+def _hf_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{kind}"
-    block, _, part = stem.removeprefix("blk.").partition(".")
-    if not stem.startswith("blk.") or part not in _NAMES:
-        raise ValueError(f"{file}: tensor {name} is not part of a llama or qwen2 decoder")
+    _, block, part = stem.split(".", 2)
     return f"model.layers.{block}.{_NAMES[part]}.{kind}"
 
 
-def _read(tensor: Any, file: Path) -> np.ndarray:
+@np.errstate(all="ignore")  # infinities and NaNs, which a damaged file has, are converted as they are
+def _read(tensor: gguf_file.Tensor) -> np.ndarray:
     import gguf
 
-    kind = tensor.tensor_type.name
+    kind = tensor.kind.name
     try:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values = gguf.quants.dequantize(tensor.data, tensor.kind)
     except NotImplementedError:  # gguf raises this for types that it cannot dequantise, such as Q8_K
-        raise ValueError(f"{file}: tensor {tensor.name} has type {kind}, which is not supported") from None
+        raise ValueError(f"tensor {tensor.name} has type {kind}, which is not supported") from None
     if kind == "F32":
         return values
     if kind == "BF16":
@@ -192,7 +255,7 @@ def _read(tensor: Any, file: Path) -> np.ndarray:
 def _unpermuted(weight: np.ndarray, name: str, config: dict[str, Any]) -> np.ndarray:
     """Undo the interleaving of the two halves of each head's rows in q and k, which `llama` GGUFs have."""
     projection = name.split(".")[-2]
-    if config["model_type"] != "llama" or projection not in ("q_proj", "k_proj"):
+    if projection not in ("q_proj", "k_proj"):
         return weight
     heads = config["num_attention_heads" if projection == "q_proj" else "num_key_value_heads"]
     paired = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])

@@ -82,7 +82,8 @@ class H2O(Policy):
         standing = jnp.where(is_kept, jnp.max(state.heavy_mass, axis=2), -jnp.inf)
         least = jnp.min(standing, axis=2, keepdims=True)
         # of heavy tokens with equal mass, the latest leaves
-        weakest = jnp.argmax(jnp.where(standing == least, state.heavy.slots, -2), axis=2, keepdims=True)
+        candidates = jnp.where(standing == least, state.heavy.slots, -2)
+        weakest = jnp.argmax(candidates, axis=2, keepdims=True).astype(jnp.int32)
         promoted = (leaving >= step.starts)[:, None, None] & (jnp.max(mass, axis=2) > least)
         entries = promoted & (jnp.arange(standing.shape[2], dtype=jnp.int32) == weakest)
         return HeavyHitters(

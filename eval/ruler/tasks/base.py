@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import hashlib
+import json
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +25,11 @@ class Sample:
     @property
     def prompt(self) -> str:
         return self.input + self.answer_prefix
+
+    @property
+    def digest(self) -> str:
+        """12 hex digits of a SHA-256 of the prompt and the references."""
+        return hashlib.sha256(json.dumps([self.prompt, self.outputs]).encode()).hexdigest()[:12]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 from eval.ruler.tasks.base import Draft, Material, Prompting, Task
+from recyc_jax.commands.text_files import whole
 
 TEMPLATE = (
     "Answer the question based on the given documents. Only give me the answer and do not output any other words.\n\n"
@@ -59,7 +60,7 @@ def read_squad(data: Any) -> QuestionSet:
 def read_hotpot(data: Any) -> QuestionSet:
     """The questions of HotpotQA's distractor file. All ten documents of a question are gold. Raises ValueError or
     KeyError for another layout."""
-    texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in data]
+    texts = [[whole(f"{title}\n{''.join(sentences)}") for title, sentences in row["context"]] for row in data]
     documents = sorted({text for row in texts for text in row})
     number = {text: at for at, text in enumerate(documents)}
     questions = [
@@ -72,7 +73,7 @@ def read_hotpot(data: Any) -> QuestionSet:
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{value!r} stands where a text should")
-    return value
+    return whole(value)
 
 
 class QuestionAnswering(Task):

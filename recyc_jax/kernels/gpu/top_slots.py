@@ -106,7 +106,7 @@ def _best_of_candidates(
 ) -> tuple[Int[Array, "X R"], Int[Array, "X R"]]:
     """`_best_of_all`, from the candidates alone, of which no row has more than `most_candidates`."""
     row_count, segments = candidates.by_segment.shape
-    offsets = jnp.cumsum(candidates.by_segment, axis=1) - candidates.by_segment
+    offsets = jnp.cumsum(candidates.by_segment, axis=1, dtype=jnp.int32) - candidates.by_segment
     keys, slots = _call(
         _compact,
         [rows, candidates.bound, offsets],
@@ -137,7 +137,7 @@ def _candidates(rows: Float[Array, "X S"], step: int, count: int) -> _Candidates
     )
     bound = jnp.maximum(bound, NOTHING + 1)
     (by_segment,) = _call(_count, [rows, bound], [(row_count, segments)], segments, "count_candidates")
-    return _Candidates(bound, by_segment, jnp.sum(by_segment, axis=1))
+    return _Candidates(bound, by_segment, jnp.sum(by_segment, axis=1, dtype=jnp.int32))
 
 
 def _keys(scores: Float[Array, " s"] | Int[Array, " s"]) -> Int[Array, " s"]:
@@ -213,7 +213,7 @@ def _count(scores_ref: Any, bound_ref: Any, by_segment_ref: Any) -> None:
         return counts + (_load_keys(scores_ref, row, slot, scores_ref.shape[1]) >= bound).astype(jnp.int32)
 
     counts = lax.fori_loop(0, SEGMENT // BLOCK, count_block, jnp.zeros(BLOCK, jnp.int32))
-    plt.store(by_segment_ref.at[row, segment], jnp.sum(counts))
+    plt.store(by_segment_ref.at[row, segment], jnp.sum(counts, dtype=jnp.int32))
 
 
 def _compact(scores_ref: Any, bound_ref: Any, offsets_ref: Any, keys_ref: Any, slots_ref: Any) -> None:
@@ -226,10 +226,12 @@ def _compact(scores_ref: Any, bound_ref: Any, offsets_ref: Any, keys_ref: Any, s
         slot = segment * SEGMENT + block * BLOCK + lanes
         key = _load_keys(scores_ref, row, slot, scores_ref.shape[1])
         is_candidate = (key >= bound).astype(jnp.int32)
-        store_index = jnp.where(is_candidate > 0, offset + jnp.cumsum(is_candidate) - is_candidate, spare)
+        store_index = jnp.where(
+            is_candidate > 0, offset + jnp.cumsum(is_candidate, dtype=jnp.int32) - is_candidate, spare
+        )
         plt.store(keys_ref.at[row, store_index], key, mask=is_candidate > 0)
         plt.store(slots_ref.at[row, store_index], slot, mask=is_candidate > 0)
-        return offset + jnp.sum(is_candidate)
+        return offset + jnp.sum(is_candidate, dtype=jnp.int32)
 
     lax.fori_loop(0, SEGMENT // BLOCK, compact_block, plt.load(offsets_ref.at[row, segment]))
 
@@ -270,7 +272,7 @@ def _search(scores_ref: Any, *refs: Any, count: int, bits: int, step: int = 1) -
         # the digit is that of the last threshold that `count` keys reach; the larger keys are those that reach the
         # threshold after it
         for tally in tallies:
-            reached = jnp.sum(tally)
+            reached = jnp.sum(tally, dtype=jnp.int32)
             is_enough = reached >= count
             digit = digit + is_enough.astype(jnp.int32)
             next_above = jnp.maximum(next_above, jnp.where(is_enough, -1, reached))
@@ -305,20 +307,20 @@ def _gather(*refs: Any, count: int, keep_rest: bool, has_slots: bool) -> None:
         if slots_ref is not None:
             slot = plt.load(slots_ref.at[row, jnp.minimum(index, width - 1)], mask=is_valid, other=-1)
         is_larger, is_equal = (key > kth_key) & is_valid, (key == kth_key) & (ties > 0) & is_valid
-        larger_before = larger + jnp.cumsum(is_larger.astype(jnp.int32)) - is_larger.astype(jnp.int32)
-        equal_before = equal + jnp.cumsum(is_equal.astype(jnp.int32)) - is_equal.astype(jnp.int32)
+        larger_before = larger + jnp.cumsum(is_larger, dtype=jnp.int32) - is_larger.astype(jnp.int32)
+        equal_before = equal + jnp.cumsum(is_equal, dtype=jnp.int32) - is_equal.astype(jnp.int32)
         is_best = is_larger | (is_equal & (equal_before < ties))
         store_index = jnp.where(is_best, larger_before + jnp.minimum(equal_before, ties), spare)
         is_stored = is_best
         if keep_rest:
             is_rest = is_valid & ~is_best & (key > NOTHING)
-            rest_before = rest + jnp.cumsum(is_rest.astype(jnp.int32)) - is_rest.astype(jnp.int32)
+            rest_before = rest + jnp.cumsum(is_rest, dtype=jnp.int32) - is_rest.astype(jnp.int32)
             store_index = jnp.where(is_rest, count + rest_before, store_index)
             is_stored = is_best | is_rest
-            rest = rest + jnp.sum(is_rest.astype(jnp.int32))
+            rest = rest + jnp.sum(is_rest, dtype=jnp.int32)
         plt.store(best_slots_ref.at[row, store_index], slot, mask=is_stored)
         plt.store(best_keys_ref.at[row, store_index], key, mask=is_stored)
-        return larger + jnp.sum(is_larger.astype(jnp.int32)), equal + jnp.sum(is_equal.astype(jnp.int32)), rest
+        return larger + jnp.sum(is_larger, dtype=jnp.int32), equal + jnp.sum(is_equal, dtype=jnp.int32), rest
 
     zeros = (jnp.int32(0), jnp.int32(0), jnp.int32(0))
     larger, equal, rest = lax.fori_loop(0, pl.cdiv(end, BLOCK), gather_block, zeros)

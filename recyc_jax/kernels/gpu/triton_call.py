@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -69,7 +70,7 @@ def call(
 def _call(arrays: tuple[Array, ...], launch: _Launch) -> Sequence[Array]:
     first = len(arrays) - launch.written
     written = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays[first:]]
-    return pl.pallas_call(
+    run = pl.pallas_call(
         functools.partial(launch.kernel, **dict(launch.options)),
         out_shape=[*launch.shapes, *written],
         grid=launch.grid,
@@ -78,4 +79,14 @@ def _call(arrays: tuple[Array, ...], launch: _Launch) -> Sequence[Array]:
         cost_estimate=launch.work,
         interpret=launch.interpret,
         name=launch.name,
-    )(*arrays)
+    )
+    with _in_32_bits():
+        return run(*arrays)
+
+
+def _in_32_bits() -> contextlib.AbstractContextManager[Any]:
+    """A context in which the loop indices and sums of a kernel have 32 bits, as the kernels take them to have, where the
+    user's program runs with jax_enable_x64."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(False)
+    return jax.experimental.disable_x64()  # jax 0.7  # pyright: ignore[reportAttributeAccessIssue]

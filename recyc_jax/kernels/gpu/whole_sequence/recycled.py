@@ -92,7 +92,7 @@ def _backward(first: int, recycle: Recycle, dim: int, residuals: Any, cotangent:
 
     def add_part(number: Array, carry: tuple[Array, tuple[Array, Array]]) -> tuple[Array, tuple[Array, Array]]:
         query_gradients, kv_gradients = carry
-        part = number * count, count, form, dim
+        part = number.astype(jnp.int32) * count, count, form, dim
         query_gradients, entry_gradients = backward.segment_gradients(
             q, keys, values, slots, leaves, cotangents, selecting_gradients, query_gradients, *part
         )
