@@ -108,7 +108,7 @@ class LlamaConfig:
             # Both families' Hugging Face classes untie by default.
             tie_word_embeddings=_flag(hf, "tie_word_embeddings", False),
             qkv_bias=kind == "qwen2",
-            eos_token_ids=_ids(hf, "eos_token_id"),
+            eos_token_ids=token_ids("eos_token_id", hf.get("eos_token_id")),
         )
 
 
@@ -126,9 +126,8 @@ def _flag(hf: Mapping[str, Any], name: str, default: bool) -> bool:
     return value
 
 
-def _ids(hf: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    """The token ids of a field that holds one, several or none."""
-    value = hf.get(name)
+def token_ids(name: str, value: Any) -> tuple[int, ...]:
+    """The token ids of a field `name` that holds one, several or none. Raises ValueError that names the field."""
     values = [] if value is None else value if isinstance(value, list | tuple) else [value]
     return tuple(whole_number(name, each, 0) for each in values)
 
@@ -162,7 +161,7 @@ def _reject_unsupported(hf: Mapping[str, Any], kind: str) -> None:
 
 def _rope(hf: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling | None]:
     """Theta and scaling, from transformers 5's `rope_parameters` or from `rope_theta` and `rope_scaling` before it."""
-    name = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"  # transformers' order where both are there
     rope = hf.get(name) or {}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name}={rope!r} must be an object")

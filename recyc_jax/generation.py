@@ -196,7 +196,10 @@ def _row_keys(key: Any, batch: int | None) -> Key[Array, " B"] | None:
     if not isinstance(key, jax.Array):
         raise ValueError(f"sampling needs a key: pass key=jax.random.key(seed), not {key!r}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+        try:
+            key = jax.random.wrap_key_data(key)
+        except TypeError as error:
+            raise ValueError(f"key holds no PRNG key: pass jax.random.key(seed) ({error})") from None
     key = independent(key)
     if batch is None:
         return None

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
+from recyc_jax.validation import whole_number
+
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
@@ -38,10 +40,10 @@ class Sample:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; use Greedy() for the most likely token")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k, 1)
+        if self.top_p is not None and not (isinstance(self.top_p, float | int) and 0 < self.top_p <= 1):
+            raise ValueError(f"top_p={self.top_p!r} must lie in (0, 1]")
 
     def __call__(
         self, logits: Float[Array, "B V"], row_keys: Key[Array, " B"] | None, step: Int[Array, ""]
@@ -61,11 +63,10 @@ class Sample:
 def _nucleus(logits: Float[Array, " V"], top_p: float) -> Float[Array, " V"]:
     """The logits of the smallest set of most likely tokens whose probability reaches `top_p`, -inf for the others. Of
     equal tokens at the edge of the set those with lower ids are kept."""
-    order = jnp.argsort(-logits)  # stable: the lower id first
-    probabilities = jax.nn.softmax(logits[order])
-    # a token is kept while the total probability of the tokens *before* it is below top_p, so the most likely token is
-    # always kept
-    is_kept = jnp.cumsum(probabilities) - probabilities < top_p
+    order = jnp.argsort(-logits)[::-1]  # from the least likely on; of equal tokens the higher id first
+    # as transformers sums: a token is dropped while it and all less likely ones together have at most 1 - top_p
+    is_kept = jnp.cumsum(jax.nn.softmax(logits[order])) > 1 - top_p
+    is_kept = is_kept.at[-1].set(True)
     return jnp.where(jnp.zeros_like(is_kept).at[order].set(is_kept), logits, -jnp.inf)
 
 

@@ -46,6 +46,12 @@ def test_a_scaling_that_is_not_computed_is_refused(fields, message):
         rj.RopeScaling(**fields)
 
 
+def test_of_both_rope_fields_the_older_counts_as_in_transformers():
+    both = HF | dict(rope_parameters=dict(rope_type="default", rope_theta=5.0), rope_theta=7.0)
+    config = rj.LlamaConfig.from_hf(both | dict(rope_scaling=dict(type="linear", factor=2.0)))
+    assert (config.rope_theta, config.rope_scaling) == (7.0, rj.RopeScaling("linear", 2.0))
+
+
 def test_old_and_new_rope_fields_agree():
     scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     old = HF | dict(rope_theta=5e5, rope_scaling=scaling | dict(rope_type="llama3"))

@@ -11,6 +11,9 @@ import checkpoints
 import pytest
 from conftest import called, send_when
 
+from eval.ruler.cells import prompt_ids
+from recyc_jax.loading.tokenizer import load_tokenizer
+
 TASKS = "niah_single_1,niah_multiquery,niah_multivalue"
 POLICIES = ("full", "recycled:budget=0.125,stride=5", "recycled:budget=4000,stride=50")
 
@@ -274,6 +277,25 @@ def test_samples_that_no_tokenizer_takes_are_named(ruler, tmp_path, change):
     done = ruler(tasks="niah_multiquery", data=tmp_path / "data", essays=None)
     assert done.returncode == 2
     assert "validation.jsonl:1: holds an unpaired surrogate" in done.stderr
+
+
+@pytest.mark.parametrize(("prompt", "begins"), [("a b", True), ("<eos>a b", False), ("\n<eos>a b", False)])
+def test_a_prompt_has_one_bos_and_no_eos_behind_it(tmp_path, prompt, begins):
+    checkpoints.write_folder(tmp_path)
+    around = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [around, {"Sequence": {"id": "A", "type_id": 0}}, around],
+        "pair": [],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [0], "tokens": ["<eos>"]}},
+    }
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.bos_token = "<eos>"
+    ids = prompt_ids(tokenizer, prompt)
+    assert ids == [0] * begins + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert ids.count(0) == 1
 
 
 def test_samples_may_begin_with_a_byte_order_mark(ruler, tmp_path):

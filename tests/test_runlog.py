@@ -35,6 +35,14 @@ def test_rows_come_back_whatever_is_in_them(tmp_path):
     assert ("vt", 3) not in again
 
 
+def test_a_row_that_is_there_twice_counts_once(tmp_path):
+    open_log(tmp_path).append([row(0), row(1)])
+    locks.release()
+    file = tmp_path / "results.jsonl"
+    file.write_text(file.read_text() * 2)
+    assert open_log(tmp_path).rows == [row(0), row(1)]
+
+
 def test_two_runs_cannot_write_one_folder(tmp_path):
     open_log(tmp_path)
     with pytest.raises(ValueError, match="another run is writing there"):

@@ -57,6 +57,25 @@ def test_of_equal_tokens_top_p_keeps_no_more_than_it_needs(logits, top_p, kept):
     assert drawn == set(sorted(finite, key=lambda token: (-logits[token], token))[:kept])
 
 
+@pytest.mark.parametrize(("size", "top_p"), [(10, 0.1), (12, 0.5), (12, 0.75), (20, 0.1), (100, 0.25), (1000, 0.25)])
+def test_of_equal_tokens_top_p_keeps_as_many_as_transformers(size, top_p):
+    """Also where the sum of their probabilities meets top_p up to rounding."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: not compared with transformers' samplers")
+    from transformers import TopPLogitsWarper
+
+    theirs = int(torch.isfinite(TopPLogitsWarper(top_p)(None, torch.zeros(1, size))).sum())
+    rows, keys = jnp.zeros((8 * size, size), jnp.float32), jax.random.split(jax.random.key(0), 8 * size)
+    drawn = np.asarray(rj.Sample(top_p=top_p)(rows, keys, jnp.int32(0)))
+    assert drawn.max() < theirs
+    assert abs(len(set(drawn.tolist())) - theirs) <= theirs * 0.02
+
+
+@pytest.mark.parametrize("arguments", [dict(top_k=0), dict(top_k=True), dict(top_p=0.0), dict(top_p=1.5)], ids=str)
+def test_odd_restrictions_are_named(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        rj.Sample(**arguments)
+
+
 def frequencies(sampler):
     keys = jax.random.split(jax.random.key(0), DRAWS)
     drawn = sampler(jnp.broadcast_to(LOGITS, (DRAWS, 5)), keys, jnp.int32(3))

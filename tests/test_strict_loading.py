@@ -1,6 +1,7 @@
 """Folders as transformers reads them: which weights count, and what is refused by name."""
 
 import json
+import os
 import struct
 
 import checkpoints
@@ -121,6 +122,13 @@ def test_an_odd_index_is_named(tmp_path, places):
         rj.load_pretrained(str(tmp_path))
 
 
+def test_an_adapter_is_named(tmp_path):
+    checkpoints.write_folder(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json: adapters are not supported; merge it"):
+        rj.load_pretrained(str(tmp_path))
+
+
 def test_weights_of_another_kind_are_named(tmp_path):
     checkpoints.write_folder(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -168,6 +176,19 @@ def test_digests_are_computed_once(tmp_path, monkeypatch):
     replaced.write_bytes(b"third byte")
     replaced.replace(file)
     assert digests.file_digest(file) not in (first, "")
+
+
+def test_a_changed_file_with_its_old_size_and_time_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECYC_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(digests, "_SETTLED_S", -1)
+    file = tmp_path / "file"
+    file.write_bytes(b"some bytes")
+    os.utime(file, (1e9, 1e9))
+    first = digests.file_digest(file)
+    with file.open("r+b") as opened:
+        opened.write(b"more bytes")
+    os.utime(file, (1e9, 1e9))
+    assert digests.file_digest(file) != first
 
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path, monkeypatch):

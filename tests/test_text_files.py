@@ -59,7 +59,7 @@ def test_json_of_other_shapes(tmp_path, content):
     assert texts(f"mine={tmp_path}/a.json") == ["a", "b"][: content.count("text")]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.md"])
 def test_a_byte_order_mark_is_no_text(tmp_path, encoding, name):
     content = '{"text": "größer"}\n' if name == "a.jsonl" else "größer"
@@ -116,6 +116,62 @@ def test_a_folder_of_files_of_any_kind(tmp_path):
     assert found.documents.empty == 1
 
 
+def test_what_is_no_data_in_a_folder_is_passed_over(tmp_path):
+    for name in ("README.md", ".hidden.txt", "._a.jsonl", ".cache/x.json", ".ipynb_checkpoints/a.txt", "data/a.txt"):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text(name)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/b.txt").write_text("linked")
+    (tmp_path / "f/link").symlink_to(tmp_path / "real")
+    (tmp_path / "f/circle").symlink_to(tmp_path / "f")
+    assert texts(f"mine={tmp_path}/f") == ["data/a.txt", "linked"]
+    assert documents.load(f"mine={tmp_path}/f").name == "mine"
+
+
+def test_the_first_text_that_a_row_has_counts(tmp_path):
+    rows = [{"text": None, "content": "x"}, {"text": "", "content": "y"}, {"text": "b", "content": "z"}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for file in (write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"):
+        assert texts(f"mine={file}") == ["x", "y", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\0b", "null characters"),
+        ("no mark".encode("utf-16-le"), "null characters"),
+        ("caf\u00e9".encode("latin-1"), "cannot be read as UTF-8"),
+    ],
+)
+def test_other_encodings_are_named(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.txt: .*{message}"):
+        texts(f"mine={tmp_path}/a.txt")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "a"}\n{"text": "caf\xe9"}',
+        gzip.compress(b"x", mtime=0),
+        b'{"text": "a"}{"text": "b"}',
+        b'{"text": "a"}\r{"text": 3}',
+    ],
+    ids=range(4),
+)
+def test_a_last_line_that_is_not_torn_is_named(tmp_path, content):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.jsonl:\d: not JSON"):
+        texts(f"mine={tmp_path}/a.jsonl")
+
+
+@pytest.mark.parametrize("torn", [b"{", b'{"te', b'{"text": "b', b'{"text": "\xc3', b'{"text": "b",', b'{"text": "b"'])
+def test_what_a_killed_writer_leaves_is_torn(tmp_path, torn, capsys):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + torn)
+    assert texts(f"mine={tmp_path}/a.jsonl") == ["a"]
+    assert "is torn" in capsys.readouterr().err
+
+
 def test_a_column_by_name(tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "no", "body": "yes"}])
     pyarrow.parquet.write_table(pyarrow.table({"text": ["no"], "body": ["yes"]}), tmp_path / "b.parquet")
@@ -137,7 +193,11 @@ def test_a_column_by_name(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not JSON"),
         ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000 + b"\n", r"a\.jsonl:2: "),
         ("a.json", b'[{"text": "a"}', r"a\.json: cannot be read as JSON"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-30], r"a\.jsonl\.gz: not a complete gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 9999, mtime=0)[:-30],
+            r"a\.jsonl\.gz: not a complete gzip file",
+        ),
         ("a.jsonl.gz", b"plain", r"a\.jsonl\.gz: not a complete gzip file"),
         ("a.parquet", b"PAR1", r"a\.parquet: cannot be read as parquet"),
     ],
@@ -194,6 +254,32 @@ def test_tokens_are_kept_and_found_again(tmp_path, ids, monkeypatch):
     assert other.fingerprint != made.fingerprint
     write(tmp_path / "a.jsonl", rows[1:])
     assert corpus.tokenize([documents.load(spec)], ids, tmp_path / "cache").fingerprint != made.fingerprint
+
+
+def test_another_eos_makes_other_tokens(tmp_path, ids):
+    spec = f"mine={write(tmp_path / 'a.jsonl', [{'text': TEXT}])}"
+    made = corpus.tokenize([documents.load(spec)], ids, tmp_path / "cache")
+    without = PreTrainedTokenizerFast(tokenizer_object=tokenizer())
+    other = corpus.tokenize([documents.load(spec)], without, tmp_path / "cache")
+    assert (made.eos, other.eos) == (0, None)
+    assert made.fingerprint != other.fingerprint
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, ids):
+    (tmp_path / "cache/.tokens-abc.xyz").mkdir(parents=True)
+    spec = f"mine={write(tmp_path / 'a.jsonl', [{'text': TEXT}])}"
+    corpus.tokenize([documents.load(spec)], ids, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob(".tokens-*"))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"domains": 3}'])
+def test_a_damaged_card_is_named(tmp_path, ids, content):
+    spec = f"mine={write(tmp_path / 'a.jsonl', [{'text': TEXT}])}"
+    corpus.tokenize([documents.load(spec)], ids, tmp_path / "cache")
+    (card,) = (tmp_path / "cache").glob("*.json")
+    card.write_text(content)
+    with pytest.raises(ValueError, match=r"tokens-\w+\.json: cannot be read .*delete it"):
+        corpus.tokenize([documents.load(spec)], ids, tmp_path / "cache")
 
 
 def test_texts_that_cannot_be_read_leave_no_tokens(tmp_path, ids):

@@ -93,7 +93,13 @@ def _prepare(config: Config) -> Callable[[], None]:
     command_line.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
     domains = [documents.load(spec) for spec in specs]
     windows, notes = cutting.windows(
-        domains, lengths, tokenizer, count=config.sequences, skip=config.skip, seed=config.seed
+        domains,
+        lengths,
+        tokenizer,
+        count=config.sequences,
+        skip=config.skip,
+        seed=config.seed,
+        vocabulary=model_config.vocab_size,
     )
     for note in notes:
         print(note, flush=True)

@@ -41,13 +41,25 @@ class Window:
 
 
 def windows(
-    domains: list[Domain], lengths: list[int], tokenizer: Any, *, count: int, skip: int, seed: int
+    domains: list[Domain],
+    lengths: list[int],
+    tokenizer: Any,
+    *,
+    count: int,
+    skip: int,
+    seed: int,
+    vocabulary: int | None = None,
 ) -> tuple[list[Window], list[str]]:
     """At most `count` windows per domain and length, after the first `skip`, from the non-overlapping windows of all
     documents in a random order that depends on `seed`; and a note for each domain and length that has fewer. Raises
-    ValueError for a domain without a window."""
+    ValueError for a domain without a window, and for ids beyond the model's `vocabulary` (None: any)."""
     with _token_folder() as folder:
-        return _windows(token_files.tokenize(domains, tokenizer, folder), lengths, count=count, skip=skip, seed=seed)
+        corpus = token_files.tokenize(domains, tokenizer, folder)
+        if vocabulary is not None and corpus.largest >= vocabulary:
+            raise ValueError(
+                f"the tokenizer makes the id {corpus.largest}, beyond the model's vocabulary of {vocabulary}"
+            )
+        return _windows(corpus, lengths, count=count, skip=skip, seed=seed)
 
 
 @contextmanager

@@ -41,7 +41,7 @@ def _prepare(config: Config, known: command_line.KnownPolicies) -> Callable[[], 
     backends.select(config.backend, several_hosts=True)
     folder, model_config, tokenizer = pretrained.open_checkpoint(config.model)
     command_line.check_context(lengths, model_config.max_position_embeddings, config.allow_beyond_context)
-    prompting = making.prompting(tokenizer, config.template)
+    prompting = making.prompting(tokenizer, config.template, model_config.vocab_size)
     cells, sources, notes = making.cells(config, tasks, lengths, prompting, model_config)
     cells = making.share_shapes(cells)
     for note in notes:

@@ -16,6 +16,7 @@ from eval.ruler.tasks.base import Material, Prompting, Sample
 from eval.ruler.tasks.registry import ESSAY_TASKS, TASKS
 from recyc_jax.commands.files import fingerprint
 from recyc_jax.config import LlamaConfig
+from recyc_jax.loading.tokenizer import special_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +40,15 @@ class Cell:
             self.sample(index)
 
 
-def prompting(tokenizer: Any, template: str) -> Prompting:
-    """How samples become prompts of this model. Raises ValueError if the chat template is missing or fails."""
+def prompting(tokenizer: Any, template: str, vocabulary: int | None = None) -> Prompting:
+    """How samples become prompts of this model. Raises ValueError if the chat template is missing or fails; counting
+    tokens raises it for ids beyond the model's `vocabulary` (None: any)."""
 
     def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if vocabulary is not None and max(ids, default=0) >= vocabulary:
+            raise ValueError(f"the tokenizer makes the id {max(ids)}, beyond the model's vocabulary of {vocabulary}")
+        return len(ids)
 
     def chat(body: str) -> str:
         turns = [{"role": "user", "content": body}]
@@ -67,9 +72,11 @@ def prompting(tokenizer: Any, template: str) -> Prompting:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt's token ids, with the special tokens that the tokenizer adds unless the prompt begins with BOS."""
-    begun = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
+    """The prompt's token ids, after the special tokens that the tokenizer puts before a text, unless the prompt begins
+    with BOS itself. What the tokenizer puts behind a text, such as EOS, would end the answer before it begins."""
+    begun = bool(tokenizer.bos_token) and prompt.lstrip().startswith(tokenizer.bos_token)
+    before = [] if begun else special_tokens(tokenizer)[0]
+    return before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def cells(

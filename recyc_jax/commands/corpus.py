@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,17 +53,19 @@ class Corpus:
             card = json.loads(files.card.read_text(encoding="utf-8"))
             self.bounds: np.ndarray = np.load(files.bounds)  # int64 [documents + 1]
             size = files.tokens.stat().st_size
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{files.card}: cannot be read ({error}); delete it to have it made again") from None
+            self.domains = tuple(DomainTokens(*each) for each in card["domains"])
+            self.fingerprint: str = card[
+                "digest"
+            ]  # of tokens, bounds, special tokens, and the domains' names and sizes
+            self.largest: int = card["largest"]  # the largest token id
+            self.before: list[int] = card["before"]  # ids that the tokenizer puts before a text
+            self.after: list[int] = card["after"]  # ids that it puts after a text
+            self.eos: int | None = card["eos"]
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            raise ValueError(f"{files.card}: cannot be read ({error!r}); delete it to have it made again") from None
         if size != 4 * self.bounds[-1]:
             raise ValueError(f"{files.tokens}: cut short; delete {files.card.name} to have it made again")
         self.tokens: np.ndarray = np.memmap(files.tokens, np.uint32, "r") if size else np.zeros(0, np.uint32)
-        self.domains = tuple(DomainTokens(*each) for each in card["domains"])
-        self.fingerprint: str = card["digest"]  # of the tokens, the bounds and the domains' names and sizes
-        self.largest: int = card["largest"]  # the largest token id
-        self.before: list[int] = card["before"]  # ids that the tokenizer puts before a text
-        self.after: list[int] = card["after"]  # ids that it puts after a text
-        self.eos: int | None = card["eos"]
 
     @property
     def lengths(self) -> np.ndarray:
@@ -96,7 +99,8 @@ def tokenize(domains: Sequence[Domain], tokenizer: Any, cache: Path) -> Corpus:
     """The domains' documents, tokenized. The tokens are kept in files of the folder `cache` that are named after what
     the documents and the tokenizer are, made by one process and read by all others and the next time. Raises ValueError
     for texts that cannot be read and for damaged files."""
-    digest = hashlib.sha256(f"1 {identity.of_tokenizer(tokenizer)}".encode())  # 1: the version of the layout
+    # 1: the version of the layout
+    digest = hashlib.sha256(f"1 {identity.of_tokenizer(tokenizer)} {tokenizer.eos_token_id}".encode())
     for domain in domains:
         digest.update(f"\0{domain.name}\0{domain.fingerprint}".encode())
     files = Files.of(cache, f"tokens-{digest.hexdigest()[:16]}")
@@ -109,7 +113,10 @@ def tokenize(domains: Sequence[Domain], tokenizer: Any, cache: Path) -> Corpus:
 
 
 def _build(domains: Sequence[Domain], tokenizer: Any, files: Files) -> None:
-    """Write the files, which appear complete or not at all."""
+    """Write the files, which appear complete or not at all. What processes that were killed have left is removed: the
+    caller holds the folder's lock."""
+    for left in files.card.parent.glob(".tokens-*"):
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{files.card.stem}.", dir=files.card.parent) as draft:
         made = Files.of(Path(draft), "draft")
         _write(domains, tokenizer, made)
@@ -143,6 +150,7 @@ def _write(domains: Sequence[Domain], tokenizer: Any, files: Files) -> None:
     before, after = special_tokens(tokenizer)
     digest.update(np.asarray(bounds, np.int64).tobytes())
     digest.update(json.dumps([[each.name, each.documents] for each in described]).encode())
+    digest.update(json.dumps([before, after, tokenizer.eos_token_id]).encode())
     np.save(files.bounds, np.asarray(bounds, np.int64))
     card = {
         "digest": digest.hexdigest()[:16],

@@ -6,6 +6,7 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,7 +197,18 @@ def _decoded(data: bytes) -> str:
 def _local(name: str, path: Path, column: str | None) -> Domain:
     if not path.is_dir():
         return _files(name, {"": path}, column, path.name)
-    files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if text_files.is_text_file(file)}
+    files: dict[str, Path] = {}
+    seen: set[str] = set()  # links may lead to a folder twice, or in a circle
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(each for each in folders if not each.startswith("."))  # caches, version control
+        for file in (Path(folder, each) for each in names):
+            if not file.name.startswith(".") and file.name != "README.md" and text_files.is_text_file(file):
+                files[str(file.relative_to(path))] = file
+    files = dict(sorted(files.items()))
     if not files:
         raise ValueError(f"{path}: the folder holds no text, JSON-lines or parquet file")
     return _files(name, files, column, f"folder {path.name}")

@@ -106,15 +106,15 @@ class RunLog:
             print(f"{self.path}: the last line is torn and is measured again", file=sys.stderr, flush=True)
             with self.path.open("r+b") as file:
                 file.truncate(len(whole))
-        rows = []
+        rows: dict[tuple[Any, ...], Row] = {}  # a row that is there twice counts once
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):  # not splitlines: JSON strings may hold U+2028
             try:
                 row = json.loads(line)
                 hash(self._id(row))
             except (ValueError, TypeError, KeyError, RecursionError):
                 raise ValueError(f"{self.path}:{number} is no result; delete the line, or {_ADVICE}") from None
-            rows.append(row)
-        return rows
+            rows.setdefault(self._id(row), row)
+        return list(rows.values())
 
 
 def batches(

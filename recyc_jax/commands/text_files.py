@@ -52,11 +52,20 @@ def read(path: Path, column: str | None = None) -> Iterator[Document]:
 def decoded(data: bytes, where: str) -> str:
     """The text of bytes in UTF-8, or in UTF-16 where a byte-order mark says so; the mark is no part of the text. Raises
     ValueError that begins with `where`."""
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    encoding = "utf-8-sig"
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        encoding = "utf-32"
+    elif data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: cannot be read as UTF-8 text ({error})") from None
+    if "\0" in text:
+        raise ValueError(
+            f"{where}: cannot be read as UTF-8 text (it holds null characters: another encoding, or damaged)"
+        )
+    return text
 
 
 def whole(text: str) -> str:
@@ -102,10 +111,21 @@ def _json_values(path: Path) -> Iterator[Any]:
                 if number == 1 and line.strip() == b"{":  # an object over several lines
                     yield from _json_whole(path, decoded(line + file.read(), str(path)))
                     return
-                if not line.endswith(b"\n"):
+                if _is_torn(line, error):
                     print(f"{path}:{number}: the last line is torn and is passed over", file=sys.stderr, flush=True)
                     return
                 raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+
+
+def _is_torn(line: bytes, error: Exception) -> bool:
+    """Whether a line that is not JSON is the beginning of an object, as a writer that was killed leaves it."""
+    if line.endswith(b"\n") or not line.lstrip().startswith(b"{"):
+        return False
+    if isinstance(error, UnicodeDecodeError):
+        return error.reason == "unexpected end of data"
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc.rstrip())
 
 
 def _value(text: str | bytes) -> Any:
@@ -131,11 +151,11 @@ def _json_whole(path: Path, text: str) -> Iterator[Any]:
 
 
 def _text_of(row: Any, column: str | None, where: str) -> str:
-    """The text of a row; empty if it has none. Raises ValueError for a row whose text is no string."""
+    """The first text of a row that is not empty; empty if it has none. Raises ValueError if that is no string."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: a row must be a JSON object, not a {type(row).__name__}")
     names = COLUMNS if column is None else (column,)
-    name = next((name for name in names if row.get(name) is not None), None)
+    name = next((name for name in names if row.get(name)), None)
     if name is None:
         if column is not None and column not in row:
             raise ValueError(f"{where}: there is no column {column!r}; it has {', '.join(map(str, row)) or 'none'}")
@@ -153,22 +173,31 @@ def _parquet(path: Path, column: str | None) -> Iterator[Document]:
     try:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             has = file.schema_arrow.names
-            name = column or next((name for name in COLUMNS if name in has), None)
-            if name not in has:
+            names = [name for name in (COLUMNS if column is None else (column,)) if name in has]
+            if not names:
                 wanted = repr(column) if column else "named text, content or document"
                 raise ValueError(f"{path}: there is no column {wanted}; it has {', '.join(has) or 'none'}")
-            kind = file.schema_arrow.field(name).type
-            if pyarrow.types.is_dictionary(kind):
-                kind = kind.value_type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise ValueError(f"{path}: the column {name} must hold strings, not {kind}")
+            for name in names:
+                if has.count(name) > 1:
+                    raise ValueError(f"{path}: it has two columns named {name}")
+                kind = file.schema_arrow.field(name).type
+                if pyarrow.types.is_dictionary(kind):
+                    kind = kind.value_type
+                if not any(check(kind) for check in (pyarrow.types.is_null, *_strings(pyarrow.types))):
+                    raise ValueError(f"{path}: the column {name} must hold strings, not {kind}")
             number = 0
-            for batch in file.iter_batches(64, columns=[name]):
-                for text in batch.column(0).to_pylist():
-                    yield Document(f"row {number}", text or "")
+            for batch in file.iter_batches(64, columns=names):
+                for row in batch.to_pylist():
+                    yield Document(f"row {number}", _text_of(row, column, f"{path}, row {number}"))
                     number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as parquet ({_first_line(error)})") from None
+
+
+def _strings(types: Any) -> list[Any]:
+    """pyarrow's checks for columns of strings; older versions have no string views."""
+    names = ("is_string", "is_large_string", "is_string_view")
+    return [getattr(types, name) for name in names if hasattr(types, name)]
 
 
 def _first_line(error: Exception) -> str:

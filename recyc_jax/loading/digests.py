@@ -92,7 +92,7 @@ def _remembered(path: Path, kind: str, compute: Callable[[], Any]) -> Any:
         if stored["file"] == facts:
             return stored["digest"]
     digest = compute()
-    if _facts(path) == facts and time.time() - facts["mtime_ns"] / 1e9 > _SETTLED_S:
+    if _facts(path) == facts and time.time() - max(facts["mtime_ns"], facts["ctime_ns"]) / 1e9 > _SETTLED_S:
         with contextlib.suppress(OSError, ValueError), fetch.building(memory, replace=True) as work:
             work.write_text(json.dumps({"file": facts, "digest": digest}), encoding="utf-8")
     return digest
@@ -100,4 +100,6 @@ def _remembered(path: Path, kind: str, compute: Callable[[], Any]) -> Any:
 
 def _facts(path: Path) -> dict[str, int]:
     stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino, "device": stat.st_dev}
+    # the time of the last change of the inode too: copies may keep the modification time
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    return {"size": stat.st_size, "inode": stat.st_ino, "device": stat.st_dev} | times

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recyc_jax.config import LlamaConfig
+from recyc_jax.config import LlamaConfig, token_ids
 from recyc_jax.loading import fetch, weights
 from recyc_jax.loading.json_files import read_json
 from recyc_jax.loading.tokenizer import load_tokenizer
@@ -132,7 +132,10 @@ def read_config(folder: Path) -> LlamaConfig:
     generation = folder / "generation_config.json"
     if generation.is_file():
         eos = read_json(generation).get("eos_token_id")
-        hf = hf if eos is None else hf | {"eos_token_id": eos}
+        try:
+            hf = hf if eos is None else hf | {"eos_token_id": list(token_ids("eos_token_id", eos))}
+        except ValueError as error:
+            raise ValueError(f"{generation}: {error}") from None
     try:
         config = LlamaConfig.from_hf(hf)
     except ValueError as error:

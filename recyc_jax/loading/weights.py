@@ -61,7 +61,8 @@ def places(folder: Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(safetensors_header(single)[1], single)
     if not index.is_file():
-        others = sorted(file.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for file in folder.glob(pattern))
+        patterns = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf")
+        others = sorted(file.name for pattern in patterns for file in folder.glob(pattern))
         found = f"; it has {', '.join(others[:3])}, which cannot be read" if others else ""
         raise ValueError(f"{folder}: neither {SINGLE} nor {INDEX} is there{found}")
     named = read_json(index).get("weight_map")
@@ -98,6 +99,8 @@ def check_complete(folder: Path, config: LlamaConfig) -> dict[str, Path]:
     for name in _QUANTISATION_FILES:
         if (folder / name).is_file():
             raise ValueError(f"{folder / name}: quantised weights are not supported; use the model's bf16 weights")
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder / 'adapter_config.json'}: adapters are not supported; merge it into the model first")
     held, wanted = places(folder), hf_names(config)
     if config.tie_word_embeddings and EMBEDDING not in held and HEAD in held:
         held[EMBEDDING] = held[HEAD]  # one tensor under the other's name
