@@ -107,12 +107,7 @@ def _report(
 
     if not hosts.is_first():
         return
-    rows = [
-        row
-        for row in log.rows
-        if row["policy"] in config.policies and (row["task"], row["length"], row["index"]) in asked
-    ]
-    summary = report.summarise(rows, config.policies)
+    summary = report.summarise(log.rows_of(config.policies, asked), config.policies)
     report.print_tables(summary)
     lengths = list(dict.fromkeys(row["length"] for row in summary))
     template = config.template if config.data is None else "as the samples bring it"

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -56,6 +56,10 @@ class RunLog:
 
     def __contains__(self, identity: tuple[Any, ...]) -> bool:
         return identity in self._seen
+
+    def rows_of(self, policies: Sequence[str], asked: Container[tuple[Any, ...]]) -> list[Row]:
+        """The rows of these policies whose key without the policy, which comes first in the key, is in `asked`."""
+        return [row for row in self.rows if row["policy"] in policies and self._id(row)[1:] in asked]
 
     def append(self, rows: Iterable[Row]) -> None:
         """Add rows; they are on disk when this returns. Only the first process writes."""

@@ -1,7 +1,7 @@
 """Digests of files, remembered: a file is read once, and again only after it has changed.
 
 What is remembered lies in a folder beside the cache folder, one small file per digested file, and counts as long as
-the file's size, modification time and inode are the same. Where that cannot be written, digests are computed each
+the file's size, times of its last change and inode are the same. Where that cannot be written, digests are computed each
 time."""
 
 from __future__ import annotations
