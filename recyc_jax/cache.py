@@ -1,4 +1,5 @@
-"""The full KV cache: one pair of arrays per layer, never evicted, appended to in place.
+"""The KV cache: one pair of arrays per layer, never evicted, appended to in place. A layer with a sliding window keeps
+the slots of its window alone, in a ring: slot s lies at place s % R of its R places.
 
 Rows are right-aligned: the newest token of every row sits in the same slot, so one write appends a token to the whole
 batch, and the tokens of row b start at slot `starts[b]`. A token's RoPE position is `slot - starts[b]`.
@@ -44,6 +45,8 @@ class LayerCache:
     stored_keys: Leaf  # [B, K, S, H], or [B, K, H, S] with the slots last
     stored_values: Leaf
     slots_last: bool = flax.struct.field(pytree_node=False, default=False)
+    window: int | None = flax.struct.field(pytree_node=False, default=None)
+    """The tokens that the layer attends to, if it has a sliding window: the cache is then a ring."""
 
     @property
     def keys(self) -> Array:
@@ -57,8 +60,12 @@ class LayerCache:
 
     @property
     def capacity(self) -> int:
-        """S, the number of slots."""
+        """S, the number of slots (R, that of places, in a ring)."""
         return self.stored_keys.shape[3 if self.slots_last else 2]
+
+    def place(self, slot: Int[Array, ""]) -> Int[Array, ""]:
+        """Where a slot lies in the arrays."""
+        return slot if self.window is None else slot % self.capacity
 
     def _slots_third(self, stored: Array) -> Array:
         return with_layout_constraint(stored, _AS_STORED).swapaxes(2, 3) if self.slots_last else stored
@@ -70,8 +77,8 @@ class LayerCache:
         return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
     def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]) -> LayerCache:
-        """The cache with T tokens written from `slot` on."""
-        zero = jnp.zeros((), jnp.int32)
+        """The cache with T tokens written from `slot` on; T = 1 in a ring."""
+        zero, slot = jnp.zeros((), jnp.int32), self.place(slot)
         axes, begin = ((0, 2, 1, 3), (zero, zero, slot, zero))
         if self.slots_last:
             axes, begin = (0, 2, 3, 1), (zero, zero, zero, slot)
@@ -106,9 +113,14 @@ class KVCache:
     length: Leaf  # int32 []: slots written so far, the same in every row
 
     @property
+    def full_layers(self) -> tuple[LayerCache, ...]:
+        """The caches of the layers with full attention."""
+        return tuple(layer for layer in self.layers if layer.window is None)
+
+    @property
     def capacity(self) -> int:
-        """S, the number of slots."""
-        return self.layers[0].capacity
+        """S, the number of slots of a layer with full attention (the largest ring, if there is no such layer)."""
+        return max(layer.capacity for layer in self.full_layers or self.layers)
 
     @property
     def visible(self) -> Bool[Array, "B S"]:
@@ -126,14 +138,16 @@ def empty(
 ) -> KVCache:
     """A cache of at least `capacity` slots per row with nothing in it. Zero-filled: 0 x NaN would leak through
     masks."""
-    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    if slots_last:
-        shape = (*shape[:2], config.head_dim, -(-capacity // TILE) * TILE)
 
-    def zeros() -> Array:
-        return sharding.spread(jnp.zeros(shape, dtype), "BK--", batch)
+    def layer(window: int | None) -> LayerCache:
+        slots = capacity if window is None else min(window, capacity)
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+        if slots_last:
+            shape = (*shape[:2], config.head_dim, -(-slots // TILE) * TILE)
+        keys, values = (sharding.spread(jnp.zeros(shape, dtype), "BK--", batch) for _ in range(2))
+        return LayerCache(keys, values, slots_last, window)
 
-    layers = tuple(LayerCache(zeros(), zeros(), slots_last) for _ in range(config.num_hidden_layers))
+    layers = tuple(layer(config.window(number)) for number in range(config.num_hidden_layers))
     return KVCache(layers, starts, jnp.zeros((), jnp.int32))
 
 

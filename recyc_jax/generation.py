@@ -31,7 +31,8 @@ class Generation(NamedTuple):
 
     tokens: Array  # int32 [B, max_new_tokens]: pad_id after a row's end
     lengths: Array  # int32 [B]: new tokens of each row, its eos included
-    full_steps: Array  # int32 [B, L]: full-attention decode steps within `lengths`; prefill not counted
+    full_steps: Array  # int32 [B, L]: full-attention decode steps within `lengths`; prefill not counted. L counts
+    # the layers with full attention, not those with a sliding window
 
 
 def generate(
@@ -149,8 +150,12 @@ def decode_tokens(
 
 def rewound(kv_cache: KVCache, start: Prefilled) -> Prefilled:
     """The state as prefill left it: what decoding wrote beyond the prompt is no longer visible. The caches are handed
-    back because the donated ones were written in place."""
-    return dataclasses.replace(start, cache=dataclasses.replace(kv_cache, length=start.cache.length))
+    back because the donated ones were written in place. Rings, in which new tokens overwrote the prompt's, are those of
+    the start, so XLA keeps a copy of them."""
+    layers = tuple(
+        now if now.window is None else before for now, before in zip(kv_cache.layers, start.cache.layers, strict=True)
+    )
+    return dataclasses.replace(start, cache=dataclasses.replace(kv_cache, layers=layers, length=start.cache.length))
 
 
 # --- checks of what the caller passes --------------------------------------------------------------------------------
@@ -165,6 +170,8 @@ def check_state(state: Prefilled, policy: Policy, implementation: str | None) ->
         raise ValueError(
             f"implementation={implementation!r} stores its cache in another layout than this state's: prefill with it"
         )
+    if not state.stats:  # every layer has a sliding window
+        return
     needs, stats = policy.needs, state.stats[0]
     missing = {
         "scores": not needs.windows <= stats.scores.keys(),

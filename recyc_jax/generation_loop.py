@@ -28,6 +28,7 @@ from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Heads, Params
 from recyc_jax.policies.base import Caches, Policy, Step
+from recyc_jax.policies.full import FullAttention
 from recyc_jax.prefilling import Prefilled
 
 MOST_PER_SCAN = 16
@@ -39,14 +40,14 @@ class DecodeState:
     """The carry of the loop."""
 
     cache: KVCache
-    policy_states: tuple[Any, ...]  # of each layer; for recycled attention a `RecycledState` with the top-K slots
+    policy_states: tuple[Any, ...]  # of each layer that a policy acts on; for recycled attention a `RecycledState`
     token: Leaf  # int32 [B]: chosen, not yet fed
     step: Leaf  # int32 []: decode steps taken
     done: Leaf  # bool [B]: the row has made an end-of-sequence token
     keys: Leaf | None  # PRNG keys [B], or None
     output: Leaf  # [B, M]: what is recorded of each new token
     lengths: Leaf  # int32 [B]: new tokens so far, the end-of-sequence token included
-    full_steps: Leaf  # int32 [B, L]: full-attention decode steps that made one of those tokens
+    full_steps: Leaf  # int32 [B, L]: full-attention decode steps that made one of those tokens, of the same layers
 
 
 Choose = Callable[[Array, DecodeState], tuple[Array, Array, Array]]
@@ -67,14 +68,16 @@ def run(
     earlier, once all rows have ended. `choose` picks each token; `output` [B, M] is filled with what it records."""
     rows, steps = output.shape[0], output.shape[1] - 1
     zeros, step = jnp.zeros(rows, jnp.int32), jnp.zeros((), jnp.int32)
+    if not config.full_layers:
+        policy = FullAttention()  # no layer for a policy to act on: every one has a sliding window
     policy_states = policy.start(attention, prefilled.stats, _caches(prefilled.cache, steps))
-    counts = jnp.zeros((rows, config.num_hidden_layers), jnp.int32)
+    counts = jnp.zeros((rows, len(config.full_layers)), jnp.int32)
     state = DecodeState(prefilled.cache, policy_states, zeros, step, zeros > 0, keys, output, zeros, counts)
     state = _with_next_token(state, choose, prefilled.logits)
     if steps == 0:
         return state
     period = policy.period or steps + 1  # a policy that never decides takes partial steps alone
-    take_step = functools.partial(decode_step, params, config, policy, attention, choose)
+    take_step = functools.partial(decode_step, params, config, policy, attention, choose, prefilled.row_lengths)
     # one compiled scan fits everywhere: its length divides the partial steps of a period and those after the last period
     per_scan = _largest_common_divisor(min(period - 1, steps), steps % period)
 
@@ -103,10 +106,12 @@ def decode_step(
     policy: Policy,
     attention: Implementation,
     choose: Choose,
+    row_lengths: Array,
     state: DecodeState,
     deciding: bool,
 ) -> DecodeState:
-    """One step: feed the pending token, attend as the policy says, choose the next token."""
+    """One step: feed the pending token, attend as the policy says, choose the next token. Layers with a sliding window
+    attend to their window, whatever the policy (`cached_attention.py`)."""
     slot, starts, number = state.cache.length, state.cache.starts, state.step + 1
 
     def read(layer: int, heads: Heads, cached: LayerCache, policy_state: Any) -> tuple[Array, Any]:
@@ -115,19 +120,22 @@ def decode_step(
         out, policy_state, full, noted = attend(attention, step, policy_state)
         return out[:, None], (policy_state, full, noted)
 
-    layers = tuple(zip(state.cache.layers, state.policy_states, strict=True))
-    positions, attend = (slot - starts)[:, None], CachedAttention(slot, read)
+    carried = dict(zip(config.full_layers, state.policy_states, strict=True))
+    layers = tuple((cached, carried.get(layer)) for layer, cached in enumerate(state.cache.layers))
+    positions, attend = (slot - starts)[:, None], CachedAttention(slot, starts, attention, read)
     decoder_layers = attention.decoder_layers(config, state.token.shape[0], params["embedding"].dtype)
     hidden, layers = model.hidden_states(
-        params, config, state.token[:, None], positions, attend, layers, decoder_layers
+        params, config, state.token[:, None], positions, attend, layers, row_lengths, decoder_layers
     )
     cached, results = zip(*layers, strict=True)
-    policy_states, full, noted = zip(*results, strict=True)
+    results = [results[layer] for layer in config.full_layers]
+    policy_states, full, noted = (tuple(field) for field in zip(*results, strict=True)) if results else ((), (), ())
     cache = KVCache(cached, starts, slot + 1)
     if deciding:
         policy_states = policy.refresh(attention, policy_states, noted, _caches(cache, state.output.shape[1] - 1))
-    counted = jnp.stack(full, axis=1) & ~state.done[:, None]
-    counts = state.full_steps + counted.astype(jnp.int32)
+    counts = state.full_steps
+    if full:
+        counts = counts + (jnp.stack(full, axis=1) & ~state.done[:, None]).astype(jnp.int32)
     after = dataclasses.replace(state, cache=cache, policy_states=policy_states, step=number, full_steps=counts)
     return _with_next_token(after, choose, model.logits(params, config, hidden[:, 0]))
 
@@ -141,7 +149,7 @@ def _with_next_token(state: DecodeState, choose: Choose, logits: Array) -> Decod
 
 
 def _caches(cache: KVCache, steps: int) -> Caches:
-    return Caches(cache.layers, cache.visible, cache.length, steps)
+    return Caches(cache.full_layers, cache.visible, cache.length, steps)
 
 
 def _largest_common_divisor(*numbers: int) -> int:

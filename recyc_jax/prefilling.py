@@ -35,9 +35,14 @@ class Prefilled:
 
     cache: KVCache
     logits: Leaf  # float32 [B, V]: of each row's last prompt token
-    stats: tuple[PromptStats, ...]  # what the named policies need, per layer
+    stats: tuple[PromptStats, ...]  # what the named policies need, per layer with full attention
     prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
     room: int = flax.struct.field(pytree_node=False)  # new tokens that were asked for; the last one is never fed
+
+    @property
+    def row_lengths(self) -> Array:
+        """The tokens of each row [B], the new ones that were asked for included."""
+        return self.prompt_slots + self.room - self.cache.starts
 
 
 def prefill(
@@ -96,22 +101,29 @@ def read_prompts(
     dtype = params["embedding"].dtype
     slots = prompt_slots + max_new_tokens - 1
     empty = cache.empty(config, batch, slots, dtype, starts, attention.slots_last)
-    layers = tuple((cached, _nothing_read(config, batch, cached, needs)) for cached in empty.layers)
+    layers = tuple(
+        (cached, _nothing_read(config, batch, cached, needs) if cached.window is None else None)
+        for cached in empty.layers
+    )
+    row_lengths = lengths + max_new_tokens
 
     def read_chunk(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
         layers, _ = carry
         offset = index * chunk
-        attend = CachedAttention(offset, functools.partial(_attend_chunk, attention, starts, offset))
+        read = functools.partial(_attend_chunk, attention, starts, offset)
+        attend = CachedAttention(offset, starts, attention, read)
         chunk_tokens = lax.dynamic_slice_in_dim(tokens, offset, chunk, axis=1)
         chunk_positions = lax.dynamic_slice_in_dim(positions, offset, chunk, axis=1)
-        hidden, layers = model.hidden_states(params, config, chunk_tokens, chunk_positions, attend, layers)
+        chunk_inputs = chunk_tokens, chunk_positions, attend, layers, row_lengths
+        hidden, layers = model.hidden_states(params, config, *chunk_inputs)
         return layers, hidden[:, -1]
 
     carry = (layers, jnp.zeros((batch, config.hidden_size), dtype))
     # chunks that hold padding alone in every row are skipped
     layers, hidden = lax.fori_loop(jnp.min(starts) // chunk, chunks, read_chunk, carry)
     length = jnp.asarray(prompt_slots, jnp.int32)
-    stats = tuple(_stats(attention, cached, read, starts, length, needs) for cached, read in layers)
+    of_full = [(cached, read) for cached, read in layers if cached.window is None]
+    stats = tuple(_stats(attention, cached, read, starts, length, needs) for cached, read in of_full)
     kv_cache = KVCache(tuple(cached for cached, _ in layers), starts, length)
     return Prefilled(kv_cache, model.logits(params, config, hidden), stats, prompt_slots, max_new_tokens)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -54,8 +55,46 @@ SHAPES: dict[str, LlamaConfig] = {
         tie_word_embeddings=False,
         **_LLAMA_3,
     ),
+    "qwen3-8b": LlamaConfig(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=131072,  # with the published YaRN setting
+        rope_theta=1e6,
+        qk_norm="head",
+    ),
+    "gemma-3-12b": LlamaConfig(
+        vocab_size=262208,
+        hidden_size=3840,
+        intermediate_size=15360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=256,
+        max_position_embeddings=131072,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        layer_types=(("sliding_attention",) * 5 + ("full_attention",)) * 8,
+        sliding_window=1024,
+        sliding_rope_theta=1e4,
+        qk_norm="head",
+        norms="both",
+        norm_scale="one_plus",
+        activation="gelu_tanh",
+        embedding_multiplier=3840**0.5,
+        query_pre_attn_scalar=256.0,
+    ),
 }
 """RoPE scaling is left out: it changes angles, not sizes."""
+
+
+def shortened(config: LlamaConfig, layers: int) -> LlamaConfig:
+    """The shape with its last `layers` layers alone, so that a layer of each kind is among them."""
+    return dataclasses.replace(config, num_hidden_layers=layers, layer_types=config.layer_types[-layers:])
 
 
 def named_shape(name: str) -> LlamaConfig:

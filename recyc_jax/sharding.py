@@ -70,6 +70,11 @@ def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
     return PartitionSpec()
 
 
+def on_mesh(wanted: PartitionSpec, device_mesh: Mesh) -> PartitionSpec:
+    """The spec without the axes that the mesh does not have."""
+    return PartitionSpec(*(axis if axis in device_mesh.axis_names else None for axis in wanted))
+
+
 def by_letters(batch: int, device_mesh: Any) -> Callable[[str], PartitionSpec]:
     """A function from letters, one per dimension of an array, to the array's spec on `device_mesh`: "B" for the rows of
     a batch of `batch` rows, "K" for key/value heads, "-" for neither. Rows are replicated if the mesh's axes do not

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -30,6 +31,12 @@ def attention(implementation: str, recycle: Recycle | None) -> Attention:
     from recyc_jax.kernels.gpu.whole_sequence import recycled  # only here, because it imports Triton
 
     return lambda q, k, v, segments: recycled.recycled(q, k, v, recycle, dense)
+
+
+def sliding(implementation: str, window: int | None) -> Attention:
+    """The attention function of layers with a sliding window; the causal one if `window` is None."""
+    dense = whole_sequence.causal if implementation == "reference" else whole_sequence.causal_cudnn
+    return functools.partial(dense, window=window)
 
 
 def lacking(implementation: str, dtype: Any, head_dim: int, packed: bool) -> list[str]:

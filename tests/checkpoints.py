@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import recyc_jax as rj
-from recyc_jax.loading import weights
+from recyc_jax.loading import tensor_names
 
 TEXT = (
     "The grass is green. One of the special magic numbers for quiet-river is: 4217350. What is the special magic number? "
@@ -35,18 +35,31 @@ def tokenizer(vocab_size=400):
 
 def hf_tensors(params, config):
     tensors = {}
-    for name, path in weights.hf_names(config).items():
-        leaf = params
-        for key in path:
-            leaf = leaf[key]
-        tensors[name] = np.ascontiguousarray(leaf.T if path[-1] == "kernel" else leaf)
+    for name, paths in tensor_names.parameters(config).items():
+        parts = []
+        for path in paths:
+            leaf = params
+            for key in path:
+                leaf = leaf[key]
+            parts.append(leaf.T if path[-1] == "kernel" else leaf)
+        tensors[name] = np.ascontiguousarray(np.concatenate(parts))
     return tensors
 
 
-def write_folder(folder, *, shards=1, context=4096, **overrides):
-    """Write a random tiny Llama in Hugging Face layout, with a tokenizer; returns its params and config."""
+FAMILY_FIELDS = {
+    "qwen3": dict(head_dim=8),
+    "gemma3_text": dict(head_dim=8, query_pre_attn_scalar=24, sliding_window=7, sliding_window_pattern=2),
+    "smollm3": dict(no_rope_layer_interval=2),
+    "olmo3": dict(layer_types=["sliding_attention", "full_attention"], sliding_window=7),
+    "phi3": dict(sliding_window=None, partial_rotary_factor=0.75),
+}
+"""What `write_folder` puts into the config of a family beside Llama's fields."""
+
+
+def write_folder(folder, *, shards=1, context=4096, family=None, **overrides):
+    """Write a random tiny Llama (or model of another family) in Hugging Face layout, with a tokenizer; returns its
+    params and config."""
     config = rj.LlamaConfig.tiny(vocab_size=400, max_position_embeddings=context, rms_norm_eps=1e-5, **overrides)
-    params = rj.init_params(config, jax.random.key(3))
     folder.mkdir(parents=True, exist_ok=True)
     hf = dict(
         architectures=["LlamaForCausalLM"],
@@ -64,6 +77,11 @@ def write_folder(folder, *, shards=1, context=4096, **overrides):
         tie_word_embeddings=config.tie_word_embeddings,
         eos_token_id=0,
     )
+    if family is not None:
+        act = "gelu_pytorch_tanh" if family == "gemma3_text" else "silu"
+        hf |= dict(architectures=[], model_type=family, hidden_activation=act) | FAMILY_FIELDS[family]
+        config = rj.LlamaConfig.from_hf(hf)
+    params = rj.init_params(config, jax.random.key(3))
     (folder / "config.json").write_text(json.dumps(hf))
     tensors = hf_tensors(params, config)
     if shards == 1:

@@ -13,6 +13,8 @@ import pytest
 import recyc_jax as rj
 from recyc_jax.loading import fetch, gguf_convert
 
+PERMUTED = ("llama", "smollm3", "mistral3")
+
 
 def permuted(weight, heads):
     """Interleave the two halves of each head, as llama.cpp's converter does to q and k."""
@@ -55,17 +57,15 @@ def metadata(config, arch="llama"):
 
 def tensors(params, config, arch="llama"):
     """The tensors that llama.cpp's converter writes, by name."""
-    names = {hf: ours for ours, hf in (gguf_convert._NAMES | gguf_convert._TOP_NAMES).items()}
     made = {}
     for name, tensor in checkpoints.hf_tensors(params, config).items():
-        stem, _, kind = name.rpartition(".")
-        layer, prefix = "", stem
-        if stem.startswith("model.layers."):
-            number, _, prefix = stem.removeprefix("model.layers.").partition(".")
-            layer = f"blk.{number}."
-        if arch == "llama" and prefix.endswith(("q_proj", "k_proj")):
-            tensor = permuted(tensor, config.num_attention_heads if "q_proj" in prefix else config.num_key_value_heads)
-        made[f"{layer}{names[prefix]}.{kind}"] = np.ascontiguousarray(tensor)
+        if arch in PERMUTED and "self_attn.q_proj" in name:
+            tensor = permuted(tensor, config.num_attention_heads)
+        if arch in PERMUTED and "self_attn.k_proj" in name:
+            tensor = permuted(tensor, config.num_key_value_heads)
+        if arch == "gemma3" and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        made[gguf_convert.gguf_name(name, config)] = np.ascontiguousarray(tensor)
     return made
 
 

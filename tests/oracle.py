@@ -35,8 +35,8 @@ def _log_softmax(x):
 
 
 class Decoder:
-    """A Llama decoder that takes one token at a time and calls `read(layer, kv_head)` for the positions to attend to
-    (None: all).
+    """A decoder that takes one token at a time and calls `read(layer, kv_head)` for the positions to attend to (None:
+    all), in layers with full attention. Llama's, with norms of q and k, layers without RoPE and sliding windows.
 
     It keeps values of the last token: `query[layer]` and `rotated_query[layer]`, the mean query over heads before and
     after RoPE; `read_chances[layer][kv_head]`, log-probabilities [G, positions read]; and `all_chances`, those of the
@@ -64,15 +64,17 @@ class Decoder:
         for layer in layers:
             block = self.p[f"layers_{layer}"]
             h = _rms(x, block["attention_norm"]["scale"], c.rms_norm_eps)
-            q, k, v = (self._project(block["attention"][f"{name}_proj"], h) for name in "qkv")
-            rotated = [_rotate(one, self.position, self.inverse_frequencies) for one in q]
+            q, k, v = (self._project(block["attention"], name, h) for name in "qkv")
+            turns = 0 if layer in c.layers_without_rope else self.inverse_frequencies
+            rotated = [_rotate(one, self.position, turns) for one in q]
             self.query[layer], self.rotated_query[layer] = np.mean(q, axis=0), np.mean(rotated, axis=0)
             out = np.zeros((c.num_attention_heads, c.head_dim))
             for kv_head in kv_heads:
-                self.keys[layer][kv_head].append(_rotate(k[kv_head], self.position, self.inverse_frequencies))
+                self.keys[layer][kv_head].append(_rotate(k[kv_head], self.position, turns))
                 self.values[layer][kv_head].append(v[kv_head])
                 everything = list(range(self.position + 1))
-                positions = read(layer, kv_head)
+                window = c.window(layer)
+                positions = read(layer, kv_head) if window is None else everything[-window:]
                 positions = everything if positions is None else positions
                 keys, values = (np.array(of[layer][kv_head]) for of in (self.keys, self.values))
                 heads = range(kv_head * groups, (kv_head + 1) * groups)
@@ -88,8 +90,16 @@ class Decoder:
         hidden = _rms(x, self.p["final_norm"]["scale"], c.rms_norm_eps)
         return (self.p["embedding"] if c.tie_word_embeddings else self.p["head"]) @ hidden
 
-    def _project(self, dense, h):
-        return (h @ dense["kernel"] + dense.get("bias", 0)).reshape(-1, self.c.head_dim)
+    def _project(self, attention, name, h):
+        """The heads [heads, H] of q, k or v, before RoPE."""
+        dense, norm = attention[f"{name}_proj"], attention.get(f"{name}_norm")
+        flat = h @ dense["kernel"] + dense.get("bias", 0)
+        if norm is not None and self.c.qk_norm == "projection":
+            flat = _rms(flat, norm["scale"], self.c.rms_norm_eps)
+        heads = flat.reshape(-1, self.c.head_dim)
+        if norm is not None and self.c.qk_norm == "head":
+            heads = np.array([_rms(head, norm["scale"], self.c.rms_norm_eps) for head in heads])
+        return heads
 
 
 def _to64(tree):
@@ -115,7 +125,7 @@ class Method:
     def __init__(self, config):
         self.c = config
         self.gap = np.inf
-        self.layers, self.heads = range(config.num_hidden_layers), range(config.num_key_value_heads)
+        self.layers, self.heads = config.full_layers, range(config.num_key_value_heads)
         self.places = [(layer, head) for layer in self.layers for head in self.heads]
 
     def after_prompt_token(self, decoder):
@@ -320,7 +330,7 @@ def run(params, config, prompt, method, new_tokens):
         logits = decoder.feed(token, lambda layer, head: None)
         method.after_prompt_token(decoder)
     method.start(decoder)
-    trace = Trace([], [], [], [0] * config.num_hidden_layers)
+    trace = Trace([], [], [], [0] * len(config.full_layers))
     least = np.inf
     for step in range(1, new_tokens + 1):
         best = np.sort(logits)[::-1]
@@ -333,8 +343,8 @@ def run(params, config, prompt, method, new_tokens):
         method.before(decoder, step)
         logits = decoder.feed(trace.tokens[-1], lambda layer, head, step=step: method.read(decoder, step, layer, head))
         method.after(decoder, step)
-        for layer in method.layers:
-            trace.full_steps[layer] += method.is_full(step, layer)
+        for number, layer in enumerate(method.layers):
+            trace.full_steps[number] += method.is_full(step, layer)
     return trace
 
 

@@ -104,3 +104,12 @@ def test_bad_flags_end_in_one_line(model, call_module, tmp_path, flags, message)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_of_sliding_windows_alone_is_refused(call_module, tmp_path):
+    checkpoints.write_folder(tmp_path / "model", family="phi3")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"sliding_window": 16}))
+    ran = call_module("eval.attention_overlap", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"))
+    assert ran.returncode == 2
+    assert "every layer has a sliding window" in ran.stderr.strip().splitlines()[-1]

@@ -13,7 +13,27 @@ import recyc_jax as rj
 from recyc_jax.policies.base import PromptNeeds
 from recyc_jax.policies.registry import POLICIES
 
-LAYERS = 1  # policies treat layers alike
+FAMILIES = {  # of one layer for Llama, because policies treat layers alike
+    "llama": dict(num_hidden_layers=1),
+    "qwen3": dict(num_hidden_layers=1, qk_norm="head"),
+    "gemma3": dict(
+        norms="both",
+        norm_scale="one_plus",
+        qk_norm="head",
+        activation="gelu_tanh",
+        query_pre_attn_scalar=24.0,
+        sliding_rope_theta=500.0,
+        layer_types=("sliding_attention", "full_attention"),
+        sliding_window=6,
+    ),
+    "smollm3": dict(layers_without_rope=(1,)),
+}
+MARKED = [pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=MARKED)
+def config(request):
+    return rj.LlamaConfig.tiny(**FAMILIES[request.param])
 
 
 @pytest.fixture(scope="module")

@@ -107,17 +107,14 @@ def test_llama_with_biases_has_the_logits_of_transformers(tmp_path):
     hf = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**shape, num_key_value_heads=2, attention_bias=True, initializer_range=0.2)
     ).eval()
-    names = {hf_name: ours for ours, hf_name in (gguf_convert._NAMES | gguf_convert._TOP_NAMES).items()}
+    ours = rj.LlamaConfig.from_hf(hf.config.to_dict() | dict(attention_bias=False))
     weights = {}
     for name, parameter in hf.named_parameters():
         if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
             torch.nn.init.normal_(parameter, std=0.5)
-        stem, _, kind = name.replace("model.layers.0.", "").rpartition(".")
-        heads = dict(q_proj=4, k_proj=2).get(stem.rpartition(".")[2])
+        heads = dict(q_proj=4, k_proj=2).get(name.split(".")[-2])
         array = parameter.detach().numpy()
-        block = "blk.0." if "layers" in name else ""
-        weights[f"{block}{names[stem]}.{kind}"] = np.ascontiguousarray(permuted(array, heads) if heads else array)
-    ours = rj.LlamaConfig.from_hf(hf.config.to_dict() | dict(attention_bias=False))
+        weights[gguf_convert.gguf_name(name, ours)] = np.ascontiguousarray(permuted(array, heads) if heads else array)
     lm = rj.load_pretrained(str(write_file(tmp_path / "m.gguf", metadata(ours), weights)), dtype=jnp.float32)
     tokens = np.arange(2, 60)[None]
     got = rj.forward(lm.params, lm.config, jnp.asarray(tokens))
@@ -139,7 +136,7 @@ VECTOR = np.full(8, 0.5, np.float32)
         ({"blk.0.attn_q_norm.weight": VECTOR}, r"blk\.0\.attn_q_norm\.weight is not part of"),
         ({"blk.0.attn_sinks.bias": VECTOR}, r"blk\.0\.attn_sinks\.bias is not part of"),
         ({"blk.0.attn_q.scale": VECTOR}, r"blk\.0\.attn_q\.scale is not part of"),
-        ({"rope_factors_long.weight": VECTOR}, r"rope_factors_long\.weight is not part of"),
+        ({"rope_factors_long.weight": VECTOR}, r"rope_factors_short\.weight is missing, which longrope"),
         ({"blk.2.attn_norm.weight": VECTOR}, r"blk\.2\.attn_norm\.weight is of a block beyond"),
         ({"blk.17.attn_q.bias": 0 * VECTOR}, r"blk\.17\.attn_q\.bias is of a block beyond"),
         ({"blk.1.ffn_down.weight": None}, r"tensor blk\.1\.ffn_down\.weight is missing"),

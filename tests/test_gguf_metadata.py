@@ -122,8 +122,8 @@ def test_keys_that_change_nothing(tmp_path, key, value):
         ("general.quantization_version", 1),
         ("adapter.type", "lora"),
         ("clip.has_vision_encoder", True),
-        ("llama.rope.scaling.type", "yarn"),
-        ("llama.rope.scaling.type", "longrope"),
+        ("llama.rope.scaling.type", "ntk"),
+        ("llama.rope.scaling.yarn_beta_fast", 32.0),  # and no YaRN
         ("llama.rope.scaling.attn_factor", 1.5),
         ("llama.rope.scaling.original_context_length", 1024),
         ("llama.rope.scaling.yarn_ext_factor", 1.0),
@@ -217,7 +217,7 @@ def test_keys_that_ask_for_what_is_not_supported(tmp_path, key, value):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("attention.sliding_window", 511), ("rope.scaling.type", "yarn"), ("pooling_type", 1), ("expert_count", 4)],
+    [("attention.sliding_window", 511), ("rope.scaling.type", "ntk"), ("pooling_type", 1), ("expert_count", 4)],
     ids=str,
 )
 def test_qwen2_keys_are_refused_as_well(tmp_path, key, value):
@@ -228,6 +228,8 @@ def test_qwen2_keys_are_refused_as_well(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({SCALING + "type": "yarn"}, r"field 'llama\.rope\.scaling\.factor' is missing"),
+        ({SCALING + "type": "longrope"}, r"rope_factors_short\.weight is missing"),
         ({SCALING + "type": "linear"}, r"field 'llama\.rope\.scaling\.factor' is missing"),
         ({SCALING + "type": "none", SCALING + "factor": 4.0}, r"factor=4\.0 and llama\.rope\.scaling\.type='none'"),
         ({SCALING + "factor": 4.0, "llama.rope.scale_linear": 2.0}, r"factor=4\.0 and .*scale_linear=2\.0 contradict"),

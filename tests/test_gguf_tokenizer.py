@@ -108,8 +108,8 @@ def test_pre_tokenizers():
 
 
 def test_a_splitting_that_is_not_named_is_warned_of(caplog):
-    """Llama 3's files of early 2024 do not name it."""
-    assert pieces(byte_level("gpt-2"), "in 1850") == pieces(byte_level(None), "in 1850")
+    """Files of early 2024 do not name it: llama.cpp then splits punctuation, words, digits, and these in threes."""
+    assert pieces(byte_level(None), "in 1850!") == ["in", "Ġ", "185", "0", "!"]
     assert "tokenizer.ggml.pre" in caplog.text
 
 
@@ -214,3 +214,20 @@ def test_the_packaged_smollm2():
     chat = tokenizer.apply_chat_template([dict(role="user", content="Hi")], tokenize=False, add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer(chat)["input_ids"].count(1) == 3
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        ("gpt-4o", ["Hello", "World", " isn't", " ", "123", "45", " [/]\n\n", "x"]),
+        ("tekken", ["Hello", "World", " isn", "'t", " ", *"12345", " [/]\n\n", "x"]),
+        ("dbrx", ["HelloWorld", " isn", "'t", " ", "123", "45", " [/]\n\n", "x"]),
+        ("qwen2", ["HelloWorld", " isn", "'t", " ", *"12345", " [/]\n\n", "x"]),
+        ("smollm", ["HelloWorld", " isn", "'t", " ", *"12345", " [/]", "\n", "\n", "x"]),
+        ("gpt-2", ["HelloWorld", " isn", "'t", " 12345", " [/]", "\n", "\n", "x"]),
+    ],
+)
+def test_how_texts_are_split(pre, expected):
+    made = gguf_tokenizer.build(with_tokens(pre=pre))[0]
+    split = made.pre_tokenizer.pre_tokenize_str("HelloWorld isn't 12345 [/]\n\nx")
+    assert [piece.replace("Ġ", " ").replace("Ċ", "\n") for piece, _ in split] == expected

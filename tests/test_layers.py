@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LIBRARY = [  # a module may import only from lines above its own
     "validation tiny_shape",
+    "rope_scaling",
+    "families",
     "config",
     "rope prompts shapes sharding sampling",
     "cache",
@@ -18,6 +20,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "attention.kept attention.whole_sequence",
     "attention.implementation",
     "model",
+    "sliding_window",
     "cached_attention",
     "kernels.gpu.triton_call kernels.tpu.tiles",
     "kernels.gpu.decode_attention kernels.gpu.prefill_attention kernels.gpu.top_slots kernels.gpu.products",
@@ -39,7 +42,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "generation",
     "scoring",
     "loading.fetch loading.json_files loading.tokenizer loading.gguf_fields",
-    "loading.digests loading.gguf_file",
+    "loading.digests loading.gguf_file loading.tensor_names",
     "loading.weights loading.gguf_parts loading.gguf_metadata loading.gguf_vocabulary",
     "loading.identity loading.gguf_tokenizer",
     "loading.gguf_convert",

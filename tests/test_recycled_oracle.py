@@ -128,3 +128,23 @@ def test_biased_untied_models_too(models):
     prompt = np.random.default_rng(6).integers(0, config.vocab_size, 16).tolist()
     sure, _ = check(params, config, prompt, 5, 4, 3)
     assert sure >= 10
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(qk_norm="head"),
+        dict(qk_norm="projection"),
+        dict(layers_without_rope=(1,)),  # in the first layer, equal tokens would have equal keys, and their scores tie
+        dict(qk_norm="head", layer_types=("sliding_attention", "full_attention"), sliding_window=5),
+    ],
+    ids=str,
+)
+def test_norms_of_heads_layers_without_rope_and_sliding_windows_too(models, fields):
+    config = dataclasses.replace(models["gqa"][0], **fields)
+    params = jax.tree.map(lambda leaf: 4 * leaf, rj.init_params(config, jax.random.key(2)))
+    sure = 0
+    for seed in (6, 7, 8):  # one text may hold a near tie early on
+        prompt = np.random.default_rng(seed).integers(0, config.vocab_size, 16).tolist()
+        sure += check(params, config, prompt, 5, 4, 3)[0]
+    assert sure >= 15

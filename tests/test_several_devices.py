@@ -40,8 +40,9 @@ with jax.set_mesh(sharding.mesh(2, 1, 2)) as mesh:
 """
 
 
-def test_four_devices_are_one(tmp_path):
-    write_folder(tmp_path / "model")
+@pytest.mark.parametrize("family", [None, "gemma3_text", pytest.param("phi3", marks=pytest.mark.slow)])
+def test_four_devices_are_one(tmp_path, family):
+    write_folder(tmp_path / "model", family=family)
     policies = ["recycled:budget=8,check_every=3,threshold=0.5", "h2o:budget=8"]
     ran = subprocess.run(
         [sys.executable, "-c", SAME, str(tmp_path / "model"), *policies],

@@ -1,4 +1,4 @@
-"""Continue the training of a Llama-family checkpoint with recycled attention active: `python -m
+"""Continue the training of a checkpoint with recycled attention active: `python -m
 train.continued_pretrain`.
 
 Without flags, a short run continues SmolLM2 on texts of Debian packages; `--preset paper` is the paper's recipe

@@ -7,7 +7,7 @@ checkpoints use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,6 +19,7 @@ from recyc_jax import model, rope
 from recyc_jax.attention.whole_sequence import Attention, keeps_attention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Heads, Params
+from recyc_jax.rope import Positions
 from train import loss
 
 Remat = Literal["full", "dots", "none"]
@@ -49,6 +50,7 @@ def token_losses(
     segments: Int[Array, "B T"] | None,
     attention: Attention,
     *,
+    sliding_attention: Attention | None = None,
     remat: Remat = "full",
     z_loss: float = 0.0,
     shares: int = 1,
@@ -57,10 +59,12 @@ def token_losses(
     """For each token except the last, the negative log-probability of the next token, in nats, float32.
 
     `params` are stacked (`stack_layers`). `segments` numbers the documents of a row; positions restart at 0 in each
-    document. `z_loss` and `shares` are passed to `loss.token_losses`. `place` may constrain the sharding of the hidden
+    document. `attention` is that of layers with full attention, `sliding_attention` that of those with a sliding window.
+    `z_loss` and `shares` are passed to `loss.token_losses`. `place` may constrain the sharding of the hidden
     states [B, T, D].
     """
-    hidden = _hidden_states(params, config, tokens, segments, attention, remat, place)[:, :-1]
+    attentions = attention, sliding_attention or attention
+    hidden = _hidden_states(params, config, tokens, segments, *attentions, remat, place)[:, :-1]
     return loss.token_losses(hidden, model.output_embedding(params, config), tokens[:, 1:], z_loss, shares)
 
 
@@ -70,18 +74,28 @@ def _hidden_states(
     tokens: Array,
     segments: Array | None,
     attention: Attention,
+    sliding_attention: Attention,
     remat: Remat,
     place: Callable[[Array], Array],
 ) -> Float[Array, "B T D"]:
-    x = place(jnp.take(params["embedding"], tokens, axis=0))
-    cos, sin = rope.angles(config, _positions(tokens, segments))
+    x = place(model.multiplied(jnp.take(params["embedding"], tokens, axis=0), config))
+    positions = _positions(tokens, segments)
+    by_layer = rope.by_layer(config, positions, jnp.max(positions, axis=1) + 1)
+    alike, kinds = _kinds(by_layer, config)
     decoder_layer = model.DecoderLayer(config, 0)
 
-    def attend(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
-        return attention(heads.q, heads.k, heads.v, segments), state
+    def layer(x: Array, its: tuple[Params, Array | None]) -> tuple[Array, None]:
+        layer_params, kind = its
 
-    def layer(x: Array, layer_params: Params) -> tuple[Array, None]:
-        out: Any = decoder_layer.apply({"params": layer_params}, x, cos, sin, attend, None)
+        def attend(layer: int, heads: Heads, state: Any) -> tuple[Array, Any]:
+            arguments = heads.q, heads.k, heads.v, segments
+            if kind is None:
+                return (sliding_attention if alike[0][1] else attention)(*arguments), state
+            is_sliding = jnp.asarray([bool(window) for _, window in alike])[kind]
+            return lax.cond(is_sliding, sliding_attention, attention, *arguments), state
+
+        its_positions = alike[0][0] if kind is None else _chosen([one for one, _ in alike], kind)
+        out: Any = decoder_layer.apply({"params": layer_params}, x, its_positions, attend, None)
         return place(out[0]), None
 
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -91,9 +105,32 @@ def _hidden_states(
     }
     if remat != "none":
         layer = jax.checkpoint(layer, policy=remat_policies[remat], prevent_cse=False)  # not needed within a scan
-    x, _ = lax.scan(layer, x, params["layers"])
-    final_norm: Any = model.RMSNorm(config.rms_norm_eps)
+    numbers = None if len(alike) == 1 else jnp.asarray(kinds, jnp.int32)
+    x, _ = lax.scan(layer, x, (params["layers"], numbers))
+    final_norm: Any = model.norm(config)
     return final_norm.apply({"params": params["final_norm"]}, x)
+
+
+def _kinds(by_layer: Sequence[Positions], config: LlamaConfig) -> tuple[list[tuple[Positions, int | None]], list[int]]:
+    """The kinds of layers, by what positions mean to them and by their window, and the number of each layer's kind."""
+    kinds: list[tuple[Positions, int | None]] = []
+    numbers = []
+    for layer, positions in enumerate(by_layer):
+        window = config.window(layer)
+        known = [number for number, (one, its) in enumerate(kinds) if one is positions and its == window]
+        if not known:
+            kinds.append((positions, window))
+        numbers.append(known[0] if known else len(kinds) - 1)
+    return kinds, numbers
+
+
+def _chosen(positions: Sequence[Positions], kind: Array) -> Positions:
+    """What positions mean to a layer of this kind, chosen within a scan. A layer without RoPE turns by no angle."""
+    turning = next(one.rotation for one in positions if one.rotation is not None)
+    still = rope.Rotation(jnp.ones_like(turning.cos), jnp.zeros_like(turning.sin))
+    rotations = [still if one.rotation is None else one.rotation for one in positions]
+    stacked = jax.tree.map(lambda *parts: jnp.stack(jnp.broadcast_arrays(*parts))[kind], *rotations)
+    return Positions(stacked, positions[0].query_multiplier)
 
 
 def _positions(tokens: Array, segments: Array | None) -> Int[Array, "B T"]:

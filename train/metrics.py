@@ -37,14 +37,18 @@ def peak_flops(device_kind: str) -> float | None:
 
 def model_flops(config: LlamaConfig, length: int, tokens: int) -> float:
     """Operations of a training step over `tokens` tokens in rows of `length`, forward and backward, as MFU counts them:
-    six per matrix parameter and token, plus causal attention to everything (length / 2 keys per query on average, two
-    products of 2 * head_dim operations each, times three for forward and backward). Recomputation adds nothing to the
-    count and recycling takes nothing off, so the MFU of the recycled forms can exceed that of the dense form."""
+    six per matrix parameter and token, plus causal attention to everything, or to the window (length / 2 keys per query
+    on average without one; two products of 2 * head_dim operations each, times three for forward and backward).
+    Recomputation adds nothing to the count and recycling takes nothing off, so the MFU of the recycled forms can exceed
+    that of the dense form."""
     heads, dim = config.num_attention_heads * config.head_dim, config.hidden_size
     kv = config.num_key_value_heads * config.head_dim
     layer = 2 * dim * heads + 2 * dim * kv + 3 * dim * config.intermediate_size
     matrices = config.num_hidden_layers * layer + config.vocab_size * dim
-    attention = config.num_hidden_layers * 12 * heads * length / 2
+    full, window = len(config.full_layers), config.sliding_window or 0
+    seen_in_window = length / 2 if window >= length else window - window**2 / (2 * length)
+    seen = full * length / 2 + (config.num_hidden_layers - full) * seen_in_window
+    attention = 12 * heads * seen
     return tokens * (6 * matrices + attention)
 
 

@@ -42,6 +42,9 @@ def compiled_step(run: Run, state: Any) -> Any:
         config=run.model,
         optimizer=run.optimizer,
         attention=step.attention_over(run.mesh, training_implementations.attention(run.attention, run.recycle)),
+        sliding_attention=step.attention_over(
+            run.mesh, training_implementations.sliding(run.attention, run.model.sliding_window)
+        ),
         mesh=run.mesh,
         accumulate=run.config.accumulate,
         compute_dtype=run.compute_dtype,
@@ -54,20 +57,23 @@ def compiled_step(run: Run, state: Any) -> Any:
 
 
 def load_state(run: Run) -> step.TrainState:
-    """The train state before the first step, with the model's weights. They are read into host memory first, then
-    sharded, so that no device has to hold all of them."""
-    try:
-        host = jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS lists only accelerators
-        host = None
-    with jax.default_device(host):
-        params = weights.load_params(run.folder, run.model, jnp.float32)
-        stacked = jax.tree.map(np.asarray, forward.stack_layers(params, run.model.num_hidden_layers))
+    """The train state before the first step, with the model's weights: each process reads the parts of its own devices
+    straight from the files, so neither it nor a device has to hold all of them."""
     like = abstract_state(run)
+    layers = run.model.num_hidden_layers
+    read = weights.reader(run.folder, run.model, np.float32)
 
-    def place(leaf: np.ndarray, target: Any) -> jax.Array:
-        return jax.make_array_from_callback(leaf.shape, target.sharding, lambda index: leaf[index])
+    def place(path: tuple[Any, ...], target: Any) -> jax.Array:
+        keys = tuple(key.key for key in path)
 
-    placed = jax.tree.map(place, stacked, like.params)
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if keys[0] != "layers":
+                return read(keys, index)
+            among = range(layers)[index[0]]
+            return np.stack([read((f"layers_{layer}", *keys[1:]), index[1:]) for layer in among])
+
+        return jax.make_array_from_callback(target.shape, target.sharding, part)
+
+    placed = jax.tree_util.tree_map_with_path(place, like.params)
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     return jax.jit(lambda params: step.start(params, run.optimizer), donate_argnums=0, out_shardings=places)(placed)

@@ -79,6 +79,10 @@ def _prepare(config: Config) -> Callable[[], None]:
         raise ValueError(f"--new-tokens {config.new_tokens} leaves no prompt of --length {config.length}")
     backends.select(config.backend)
     folder, model_config, tokenizer = pretrained.open_checkpoint(config.model)
+    if not model_config.full_layers:
+        raise ValueError(
+            f"--model {config.model}: every layer has a sliding window, so there is no attention to compare"
+        )
     command_line.check_context([config.length], model_config.max_position_embeddings, config.allow_beyond_context)
     prompts = {
         source: _prompts(config, source, tokenizer) for source in command_line.split("--sources", config.sources)

@@ -72,7 +72,7 @@ def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int) -> Iterator
                 "sample": window.digest,
                 "nll": numbers.finite(-float(chances[row].astype(np.float64).mean()), 6),
                 "steps": new_tokens - 1,
-                "full_steps": round(float(full_steps[row].mean()), 3),
+                "full_steps": round(float(full_steps[row].mean()), 3) if full_steps.size else 0.0,
                 "seconds": round(seconds, 4),
             }
             for row, window in enumerate(batch.windows)

@@ -92,7 +92,7 @@ def _decode_batch(lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPo
                     "references": list(sample.outputs),
                     "score": scoring.score(prediction, sample.outputs, cell.metric),
                     "steps": int(counts[row]) - 1,
-                    "full_steps": round(float(full_steps[row].mean()), 3),
+                    "full_steps": round(float(full_steps[row].mean()), 3) if full_steps.size else 0.0,
                     "seconds": round(seconds, 4),
                 }
             )

@@ -74,7 +74,8 @@ def _advice(config: Config, model: LlamaConfig, lengths: list[int], device: Devi
         )
     weights = roofline.weight_bytes(model)[0]
     for length in lengths:
-        held = (weights + config.batch * length * roofline.token_bytes(model)) / 1e9
+        row = length * roofline.token_bytes(model) + roofline.window_bytes(model, length)
+        held = (weights + config.batch * row) / 1e9
         if held > device.gigabytes * config.chips:
             yield (
                 f"warning: weights and cache take {held:.1f} GB at {length} tokens; "

@@ -77,15 +77,27 @@ def weight_bytes(config: LlamaConfig, size: int = 2) -> tuple[int, int]:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     projections = config.hidden_size * dim * (2 * heads + 2 * kv_heads)
     biases = dim * (heads + 2 * kv_heads) if config.qkv_bias else 0
-    layer = projections + biases + 3 * config.hidden_size * config.intermediate_size + 2 * config.hidden_size
+    norms = {None: 0, "head": 2 * dim, "projection": dim * (heads + kv_heads)}[config.qk_norm]
+    norms += config.hidden_size * (4 if config.norms == "both" else 2)
+    layer = projections + biases + 3 * config.hidden_size * config.intermediate_size + norms
     table = config.vocab_size * config.hidden_size
     read = config.num_hidden_layers * layer + config.hidden_size + table
     return size * (read + (0 if config.tie_word_embeddings else table)), size * read
 
 
 def token_bytes(config: LlamaConfig, size: int = 2) -> int:
-    """The bytes of one token's keys and values in all layers."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    """The bytes of one token's keys and values in all layers with full attention, which policies act on."""
+    return len(config.full_layers) * _layer_token_bytes(config, size)
+
+
+def window_bytes(config: LlamaConfig, length: int, size: int = 2) -> int:
+    """The bytes of a row's keys and values in all layers with a sliding window, at `length` tokens."""
+    sliding = config.num_hidden_layers - len(config.full_layers)
+    return sliding * min(config.sliding_window or 0, length) * _layer_token_bytes(config, size)
+
+
+def _layer_token_bytes(config: LlamaConfig, size: int) -> int:
+    return 2 * config.num_key_value_heads * config.head_dim * size
 
 
 def estimate(
@@ -97,8 +109,10 @@ def estimate(
 
     def step(read: float, scored: float) -> Step:
         """A step that, per row, moves keys and values of `read` tokens and attends to `scored` tokens."""
-        moved = batch * read * token_bytes(config, size)
-        products = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers * scored
+        moved = batch * (read * token_bytes(config, size) + window_bytes(config, length, size))
+        sliding = config.num_hidden_layers - len(config.full_layers)
+        attended = len(config.full_layers) * scored + sliding * min(config.sliding_window or 0, length)
+        products = 4 * config.num_attention_heads * config.head_dim * attended
         weights = weight_bytes(config, size)[1]
         return Step(int(weights + moved), int(batch * (2 * weights / size + products)))
 

@@ -140,18 +140,23 @@ def kernels(
 
 def bytes_read(kernel: str, shape: LlamaConfig, policy: Policy, batch: int, length: int, size: int) -> int | None:
     """The bytes that one of our kernels, or the output embedding's matrix product (`HEAD`), must read; None for other
-    kernels, which read little."""
+    kernels, which read little, and for the full attention of a model that has layers with a window too: both run in
+    kernels of one name."""
     heads, kv_heads, dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     name = re.sub(r"_+\d+$", "", kernel) if not kernel.startswith("added_projection") else "added_projection"
     into = re.match(r"added_projection_(\d+)", kernel)
     budget = min(getattr(policy, "budget", length), length)
+    to_heads = shape.hidden_size * dim * (heads + 2 * kv_heads)
     known = {
-        "heads_projections": shape.hidden_size * dim * (heads + 2 * kv_heads),
+        "heads_projections": to_heads,
+        "projections": to_heads,  # where heads are finished by another kernel
         "gated_projections": 2 * shape.hidden_size * shape.intermediate_size,
         "added_projection": shape.hidden_size * (int(into[1]) if into else 0),
         "full_attention": 2 * batch * kv_heads * dim * length,
         "recycled_attention": 2 * batch * kv_heads * dim * budget,
     }
+    if name == "full_attention" and shape.sliding_window is not None:
+        return None
     if name == HEAD:
         return shape.vocab_size * shape.hidden_size * size
     return known[name] * size if name in known else None

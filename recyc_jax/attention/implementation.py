@@ -48,6 +48,30 @@ class Implementation:
         """Each slot's score under the last W queries (`reference.window_scores`)."""
         return reference.window_scores(q, cached.keys, starts, length)
 
+    # --- layers with a sliding window (`sliding_window.py`)
+
+    def window_chunk(
+        self,
+        q: Float[Array, "B C N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        starts: Int[Array, " B"],
+        offset: Int[Array, ""],
+        window: int,
+    ) -> Float[Array, "B C N H"]:
+        """`chunk`, but each query sees the latest `window` slots alone."""
+        return reference.chunk(q, keys, values, starts, offset, window)
+
+    def window_step(
+        self,
+        q: Float[Array, "B N H"],
+        keys: Float[Array, "B K R H"],
+        values: Float[Array, "B K R H"],
+        visible: Bool[Array, "B R"],
+    ) -> Float[Array, "B N H"]:
+        """One query per row over the visible ones of R places, in any order."""
+        return reference.full(q, keys, values, visible)
+
     # --- a full step
 
     def full(self, q: Float[Array, "B N H"], cached: LayerCache, visible: Bool[Array, "B S"]) -> Float[Array, "B N H"]:

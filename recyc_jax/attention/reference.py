@@ -28,12 +28,15 @@ def _scale(head_dim: int) -> float:
 
 
 def causal(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], window: int | None = None
 ) -> Float[Array, "B T N H"]:
-    """Ordinary causal attention over the sequence itself; builds the T x T logits."""
+    """Ordinary causal attention over the sequence itself, or over each token and the `window - 1` tokens before it;
+    builds the T x T logits."""
     grouped = _grouped(q, k.shape[2])
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), jnp.bool_))
+    if window is not None:
+        seen = jnp.triu(seen, 1 - window)
     weights = jax.nn.softmax(jnp.where(seen, logits * _scale(q.shape[-1]), MASKED), axis=-1)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype).reshape(q.shape)
@@ -148,13 +151,15 @@ def chunk(
     values: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     offset: Int[Array, ""],
+    window: int | None = None,
 ) -> Float[Array, "B C N H"]:
-    """C consecutive queries, the first in slot `offset` (a multiple of C), each over the slots up to its own.
+    """C consecutive queries, the first in slot `offset` (a multiple of C), each over the slots up to its own, or over
+    the latest `window` of these.
 
     Key blocks of C slots are visited one by one with a running softmax, from the first block that holds a token to the
     queries' own block, so memory is C x C per head and blocks in the future cost nothing.
     """
-    return _chunk(q, keys, values, starts, offset)[0]
+    return _chunk(q, keys, values, starts, offset, window)[0]
 
 
 def chunk_with_mass(
@@ -199,6 +204,7 @@ def _block_logits(
     offset: Int[Array, ""],
     block: Int[Array, ""],
     width: int,
+    window: int | None = None,
 ) -> Float[Array, "B K GC C"]:
     """Scaled logits of the queries, the first in slot `offset`, over the block's keys; masked where they see
     nothing."""
@@ -206,6 +212,8 @@ def _block_logits(
     query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), rows // width)
     key_slots = block * width + jnp.arange(width, dtype=jnp.int32)
     seen = (key_slots <= query_slots[:, None]) & (key_slots >= starts[:, None, None])
+    if window is not None:
+        seen = seen & (key_slots > query_slots[:, None] - window)
     block_keys = lax.dynamic_slice_in_dim(keys, block * width, width, axis=2)
     logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None], logits * _scale(dim), MASKED)
@@ -217,6 +225,7 @@ def _chunk(
     values: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     offset: Int[Array, ""],
+    window: int | None = None,
 ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K GC"]]:
     """The output, and each query's log of the sum of exponentials."""
     batch, width, heads, dim = q.shape
@@ -226,7 +235,7 @@ def _chunk(
 
     def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        logits = _block_logits(stacked, keys, starts, offset, block, width)
+        logits = _block_logits(stacked, keys, starts, offset, block, width, window)
         block_values = lax.dynamic_slice_in_dim(values, block * width, width, axis=2)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         shrink = jnp.exp(peak - new_peak)
@@ -242,6 +251,9 @@ def _chunk(
         jnp.zeros(rows, jnp.float32),
         jnp.zeros((*rows, dim), jnp.float32),
     )
-    peak, total, out = lax.fori_loop(jnp.min(starts) // width, offset // width + 1, visit, carry)
+    first = jnp.min(starts)
+    if window is not None:
+        first = jnp.maximum(first, jnp.maximum(offset - window + 1, 0))
+    peak, total, out = lax.fori_loop(first // width, offset // width + 1, visit, carry)
     out = (out / total[..., None]).astype(q.dtype).reshape(batch, kv_heads, groups, width, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), peak + jnp.log(total)

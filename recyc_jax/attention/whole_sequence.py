@@ -73,9 +73,10 @@ def causal(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal attention of every token. With `segments`, which numbers the documents of each row, a token attends only
-    to tokens of its own document."""
+    """Causal attention of every token, to the latest `window` tokens if that is given. With `segments`, which numbers
+    the documents of each row, a token attends only to tokens of its own document."""
     width = q.shape[1]
     keys, values = _by_head(k), _by_head(v)
     slots = jnp.arange(width, dtype=jnp.int32)
@@ -85,6 +86,8 @@ def causal(
     def attend(block: Any) -> Array:
         queries, query_slots, query_segments = block
         seen = (slots <= query_slots[:, None])[None]
+        if window is not None:
+            seen = seen & (slots > query_slots[:, None] - window)
         if segments is not None:
             seen = seen & (segments[:, None, :] == query_segments[..., None])
         grouped = _grouped(queries, k.shape[2])
@@ -100,6 +103,7 @@ def causal_cudnn(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     segments: Int[Array, "B T"] | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """`causal` with cuDNN's fused attention, for NVIDIA GPUs, 16-bit dtypes and one document per row."""
     width = q.shape[1]
@@ -107,7 +111,9 @@ def causal_cudnn(
         raise ValueError("attention='cudnn' cannot tell the documents of a packed row apart")
     # cuDNN has no gradient for odd lengths; the padding changes no output, because no token sees the tokens after it
     q, k, v = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % CUDNN_MULTIPLE), (0, 0), (0, 0))) for x in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :width]
+    before = None if window is None else (window - 1, 0)
+    out = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=before, implementation="cudnn")
+    return out[:, :width]
 
 
 def recycled(

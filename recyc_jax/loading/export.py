@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from recyc_jax import families
 from recyc_jax.config import LlamaConfig
+from recyc_jax.loading import tensor_names
 from recyc_jax.loading.json_files import read_json
-from recyc_jax.loading.weights import hf_names
 from recyc_jax.model import Params
 
 _SHARD_BYTES = 4 << 30
@@ -60,12 +61,9 @@ def _write(draft: Path, params: Params, config: LlamaConfig, source: Path, dtype
     from safetensors.numpy import save_file
 
     shards: list[dict[str, np.ndarray]] = [{}]
-    for name, path in hf_names(config).items():
-        leaf = params
-        for key in path:
-            leaf = leaf[key]
-        tensor = np.asarray(jax.device_get(leaf)).astype(dtype)
-        tensor = np.ascontiguousarray(tensor.T if path[-1] == "kernel" else tensor)  # Hugging Face stores [out, in]
+    for name, paths in tensor_names.parameters(config).items():
+        parts = [_stored(params, path, dtype) for path in paths]
+        tensor = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         if sum(held.nbytes for held in shards[-1].values()) + tensor.nbytes > _SHARD_BYTES and shards[-1]:
             shards.append({})
         shards[-1][name] = tensor
@@ -82,7 +80,8 @@ def _write(draft: Path, params: Params, config: LlamaConfig, source: Path, dtype
         (draft / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {}, "weight_map": places}, indent=1)
         )
-    hf = read_json(source / "config.json") | {"tie_word_embeddings": config.tie_word_embeddings}
+    hf = dict(families.text_part(read_json(source / "config.json")))
+    hf["tie_word_embeddings"] = config.tie_word_embeddings
     for name in {"torch_dtype", "dtype"} & hf.keys() or {"torch_dtype"}:
         hf[name] = str(np.dtype(dtype))
     (draft / "config.json").write_text(json.dumps(hf, indent=2) + "\n", encoding="utf-8")
@@ -90,3 +89,11 @@ def _write(draft: Path, params: Params, config: LlamaConfig, source: Path, dtype
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, draft / file.name)
+
+
+def _stored(params: Params, path: tuple[str, ...], dtype: Any) -> np.ndarray:
+    leaf = params
+    for key in path:
+        leaf = leaf[key]
+    array = np.asarray(jax.device_get(leaf)).astype(dtype)
+    return array.T if path[-1] == "kernel" else array  # Hugging Face stores [out, in]

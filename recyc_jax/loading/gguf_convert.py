@@ -7,6 +7,7 @@ Unquantised tensors keep their dtype.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -29,25 +30,40 @@ from recyc_jax.loading import (
     gguf_parts,
     gguf_tokenizer,
     gguf_vocabulary,
+    weights,
 )
 
 _NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
-_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+"""By Hugging Face's name within a layer, GGUF's."""
+_NORM_NAMES = {
+    "before": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    "after": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+    "both": {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+_TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _EMBEDDING = "token_embd.weight"
 _QKV_BIAS = re.compile(r"blk\.[0-9]+\.attn_[qkv]\.bias")
-_ROPE_DIVISORS = "rope_freqs.weight"  # turned into the config's rope_scaling
+_ROPE_TENSORS = ("rope_freqs.weight", gguf_metadata.SHORT_FACTORS, gguf_metadata.LONG_FACTORS)
+"""Tensors that turn into the config's rope_scaling."""
 _SHARD_BYTES = 2 << 30  # tensors collected in memory before a shard is written
-FORMAT = 2  # of the converted folders; counted up when a later version converts the same file otherwise
+FORMAT = 3  # of the converted folders; counted up when a later version converts the same file otherwise
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -92,10 +108,10 @@ def convert(file: Path, folder: Path) -> None:
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
         progress.update(bar, description=f"converting {file.name}", total=len(tensors))
-        interleaved = gguf_metadata.architecture(contents.fields) == "llama"
+        arch = gguf_metadata.ARCHITECTURES[gguf_metadata.architecture(contents.fields)]
         with _writing(file, folder):
             folder.mkdir(parents=True)
-            _write_weights(tensors, config, interleaved, folder, lambda: progress.advance(bar))
+            _write_weights(tensors, config, arch.interleaved, folder, lambda: progress.advance(bar))
             (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
             (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
             (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2), encoding="utf-8")
@@ -130,8 +146,10 @@ def _hf_config(contents: gguf_file.Contents) -> dict[str, Any]:
         rows=rows,
         tied="output.weight" not in tensors,
         # a `llama` file may have them too: Llama with these biases is Qwen2
-        qkv_bias=arch == "qwen2" or any(_QKV_BIAS.fullmatch(name) and _read(tensors[name]).any() for name in tensors),
-        divisors=_read(tensors[_ROPE_DIVISORS]) if _ROPE_DIVISORS in tensors else None,
+        qkv_bias=arch == "qwen2" or (arch == "llama" and _has_qkv_bias(tensors)),
+        rope_tensors=gguf_metadata.RopeTensors(
+            *(_read(tensors[name]).reshape(-1) if name in tensors else None for name in _ROPE_TENSORS)
+        ),
     )
     vocabulary = gguf_vocabulary.read(fields)
     if len(vocabulary.tokens) > rows:
@@ -140,68 +158,74 @@ def _hf_config(contents: gguf_file.Contents) -> dict[str, Any]:
     return config | {"bos_token_id": vocabulary.special.get("bos"), "eos_token_id": ends}
 
 
-def _used(contents: gguf_file.Contents, config: LlamaConfig) -> list[gguf_file.Tensor]:
-    """The tensors of a decoder of this shape, in the file's order. Raises ValueError naming a tensor that is missing, of
-    another shape, not part of such a decoder or of a type that cannot be read."""
+def _has_qkv_bias(tensors: dict[str, gguf_file.Tensor]) -> bool:
+    return any(_QKV_BIAS.fullmatch(name) and _read(tensors[name]).any() for name in tensors)
+
+
+def _used(contents: gguf_file.Contents, config: LlamaConfig) -> dict[str, gguf_file.Tensor]:
+    """By Hugging Face's name the tensors of a decoder of this shape, in the file's order. Raises ValueError naming a
+    tensor that is missing, of another shape, not part of such a decoder or of a type that cannot be read."""
     tensors = {tensor.name: tensor for tensor in contents.tensors}
-    expected = set()
-    for name, shape in _shapes(config):
+    hf_names = {}
+    for name, hf_name, shape in _expected(config):
         if name not in tensors:  # found in the first layer, however many a damaged file claims
             raise ValueError(f"tensor {name} is missing")
         if tensors[name].shape != shape:
             raise ValueError(f"tensor {name} has shape {list(tensors[name].shape)}, the metadata ask for {list(shape)}")
-        expected.add(name)
-    for name in tensors.keys() - expected - {_ROPE_DIVISORS}:
-        _refuse(tensors[name], config)
-    used = [tensor for tensor in contents.tensors if tensor.name in expected]
-    for tensor in {tensor.kind: tensor for tensor in reversed(used)}.values():  # the first of each type
+        hf_names[name] = hf_name
+    arch = gguf_metadata.architecture(contents.fields)
+    for name in tensors.keys() - hf_names.keys() - set(_ROPE_TENSORS):
+        _refuse(tensors[name], config, arch)
+    used = {hf_names[tensor.name]: tensor for tensor in contents.tensors if tensor.name in hf_names}
+    for tensor in {tensor.kind: tensor for tensor in reversed(used.values())}.values():  # the first of each type
         _read(tensor._replace(data=tensor.data[:1] if tensor.data.ndim > 1 else tensor.data))
     return used
 
 
-def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The names and shapes of the tensors of a decoder."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    layer = {
-        "attn_norm.weight": (hidden,),
-        "attn_q.weight": (queries, hidden),
-        "attn_k.weight": (keys, hidden),
-        "attn_v.weight": (keys, hidden),
-        "attn_output.weight": (hidden, queries),
-        "ffn_norm.weight": (hidden,),
-        "ffn_gate.weight": (inner, hidden),
-        "ffn_up.weight": (inner, hidden),
-        "ffn_down.weight": (hidden, inner),
-    }
-    if config.qkv_bias:
-        layer |= {"attn_q.bias": (queries,), "attn_k.bias": (keys,), "attn_v.bias": (keys,)}
-    yield _EMBEDDING, (config.vocab_size, hidden)
-    yield "output_norm.weight", (hidden,)
-    if not config.tie_word_embeddings:
-        yield "output.weight", (config.vocab_size, hidden)
+def gguf_name(hf_name: str, config: LlamaConfig) -> str:
+    """GGUF's name of a tensor of a checkpoint of this shape."""
+    stem, _, kind = hf_name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{kind}"
+    block, _, part = stem.removeprefix("model.layers.").partition(".")
+    return f"blk.{block}.{(_NAMES | _NORM_NAMES[config.norms])[part]}.{kind}"
+
+
+def _expected(config: LlamaConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """GGUF's names, Hugging Face's names and the shapes of the tensors of a decoder."""
+    one = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1], layers_without_rope=())
+    if config.window(0) is None:
+        one = dataclasses.replace(one, layer_types=(), sliding_window=None)
+    shapes = weights.stored_shapes(one)  # layers are alike
+    of_layer = "model.layers.0."
+    for name, shape in shapes.items():
+        if not name.startswith(of_layer):
+            yield gguf_name(name, config), name, shape
     for block in range(config.num_hidden_layers):
-        for part, shape in layer.items():
-            yield f"blk.{block}.{part}", shape
+        for name, shape in shapes.items():
+            if name.startswith(of_layer):
+                its_name = f"model.layers.{block}.{name.removeprefix(of_layer)}"
+                yield gguf_name(its_name, config), its_name, shape
 
 
-def _refuse(tensor: gguf_file.Tensor, config: LlamaConfig) -> None:
+def _refuse(tensor: gguf_file.Tensor, config: LlamaConfig, arch: str) -> None:
     """Raise ValueError for a tensor that the decoder has no place for, unless it is a bias of zeros."""
     stem, _, kind = tensor.name.rpartition(".")
     block = re.match(r"blk\.([0-9]+)\.", tensor.name)
     if block and int(block[1]) >= config.num_hidden_layers:
         raise ValueError(f"tensor {tensor.name} is of a block beyond the block_count of {config.num_hidden_layers}")
-    if kind != "bias" or stem.removeprefix(block[0] if block else "") not in (_NAMES if block else _TOP_NAMES):
-        raise ValueError(f"tensor {tensor.name} is not part of a llama or qwen2 decoder")
+    known = (_NAMES | _NORM_NAMES[config.norms] if block else _TOP_NAMES).values()
+    if kind != "bias" or stem.removeprefix(block[0] if block else "") not in known:
+        raise ValueError(f"tensor {tensor.name} is not part of a decoder of the architecture {arch}")
     if _read(tensor).any():
         raise ValueError(
-            f"tensor {tensor.name} is a bias; biases are supported in q, k and v, where all three have one"
+            f"tensor {tensor.name} is a bias; biases are supported in q, k and v of llama and qwen2, where all three "
+            "have one"
         )
 
 
 def _write_weights(
-    tensors: list[gguf_file.Tensor],
+    tensors: dict[str, gguf_file.Tensor],
     config: dict[str, Any],
     interleaved: bool,
     folder: Path,
@@ -213,8 +237,10 @@ def _write_weights(
     shard: dict[str, np.ndarray] = {}
     places: dict[str, str] = {}
     size = 0
-    for number, tensor in enumerate(tensors, 1):
-        name, weight = _hf_name(tensor.name), _read(tensor)
+    for number, (name, tensor) in enumerate(tensors.items(), 1):
+        weight = _read(tensor)
+        if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+            weight = weight - np.float32(1)  # llama.cpp stores what a norm multiplies by, Hugging Face that less one
         shard[name] = _unpermuted(weight, name, config) if interleaved else weight
         if number == len(tensors) or sum(array.nbytes for array in shard.values()) > _SHARD_BYTES:
             shard_name = f"model-{number:05}.safetensors"
@@ -225,14 +251,6 @@ def _write_weights(
         advance()
     index = {"metadata": {"total_size": size}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _hf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in _TOP_NAMES:
-        return f"{_TOP_NAMES[stem]}.{kind}"
-    _, block, part = stem.split(".", 2)
-    return f"model.layers.{block}.{_NAMES[part]}.{kind}"
 
 
 @np.errstate(all="ignore")  # infinities and NaNs, which a damaged file has, are converted as they are

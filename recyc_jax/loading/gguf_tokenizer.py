@@ -13,6 +13,31 @@ _LLAMA3_SPLIT = (
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_WORDS = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN_SPLIT = rf"{_TEKKEN_WORDS}|\p{{N}}|{_REST}"
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_SPLIT = rf"{_TEKKEN_WORDS.replace('|', _CONTRACTIONS + '|')}{_CONTRACTIONS}|\p{{N}}{{1,3}}|{_REST}"
+
+_SPLITS = {
+    "gpt-2": [_GPT2_SPLIT],
+    "olmo": [_GPT2_SPLIT],
+    "smollm": [r"\p{N}", _GPT2_SPLIT],
+    "llama-bpe": [_LLAMA3_SPLIT],
+    "dbrx": [_LLAMA3_SPLIT],
+    "smaug-bpe": [_LLAMA3_SPLIT],
+    "qwen2": [_QWEN2_SPLIT],
+    "tekken": [_TEKKEN_SPLIT],
+    "gpt-4o": [_GPT4O_SPLIT],
+    "default": [r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"],
+}
+"""By `tokenizer.ggml.pre`, the expressions that texts are split by, one after the other, as in llama.cpp (where that
+approximates letter cases, the tokenizers' own). `default` is llama.cpp's rule for files that do not say."""
+_WHOLE_FIRST = ("llama-bpe", "tekken")
+"""Words that are tokens are taken as they are, without merges."""
+_BEGIN_WITH_BOS = ("llama-bpe", "tekken")
 
 # keys of tokenizer.ggml
 _USED = {
@@ -40,9 +65,9 @@ _OFF = {
 def build(fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The tokenizer and its `tokenizer_config.json`, from a GGUF file's metadata.
 
-    For `gpt2` vocabularies (byte-level BPE), `tokenizer.ggml.pre` names the splitting: `smollm` splits digits one by
-    one, which transformers' own conversion does not do. `llama` vocabularies are SentencePiece BPE. Raises ValueError
-    naming the key for others, and for metadata that are malformed or ask for more.
+    For `gpt2` vocabularies (byte-level BPE), `tokenizer.ggml.pre` names how texts are split (`_SPLITS`): `smollm` splits
+    digits one by one, which transformers' own conversion does not do. `llama` vocabularies are SentencePiece BPE.
+    Raises ValueError naming the key for others, and for metadata that are malformed or ask for more.
     """
     from tokenizers import AddedToken
 
@@ -63,27 +88,23 @@ def _byte_level(fields: dict[str, Any], vocabulary: Vocabulary) -> Any:
     if gguf_fields.flag(fields, "tokenizer.ggml.add_space_prefix", False):
         raise ValueError("tokenizer.ggml.add_space_prefix=True is not supported for gpt2 vocabularies")
     pre = _pre(fields)
+    if pre not in _SPLITS:
+        said = gguf_fields.shown("tokenizer.ggml.pre", pre)
+        raise ValueError(f"{said} is not supported; {', '.join(_SPLITS)} are")
+    if "tokenizer.ggml.pre" not in fields:
+        message = (
+            "tokenizer.ggml.pre is not set: texts are split by llama.cpp's default, which may not be the model's way"
+        )
+        logging.getLogger(__name__).warning(message)
     vocab = {token: number for number, token in enumerate(vocabulary.tokens)}
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=_stated_merges(fields, vocab), ignore_merges=pre == "llama-bpe")
+        models.BPE(vocab=vocab, merges=_stated_merges(fields, vocab), ignore_merges=pre in _WHOLE_FIRST)
     )
-    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    if pre == "smollm":
-        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    elif pre == "llama-bpe":
-        splits = [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), bytes_alone]
-    elif pre == "qwen2":
+    if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-        splits = [pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"), bytes_alone]
-    elif pre in ("gpt-2", "default"):
-        if pre == "default":
-            message = "tokenizer.ggml.pre is not set: texts are split as by GPT-2, which may not be the model's way"
-            logging.getLogger(__name__).warning(message)
-        splits = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    else:
-        said = gguf_fields.shown("tokenizer.ggml.pre", pre)
-        raise ValueError(f"{said} is not supported; smollm, llama-bpe, qwen2 and gpt-2 are")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    splits: list[Any] = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _SPLITS[pre]]
+    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, bytes_alone])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -151,10 +172,10 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
 
 def _add_ends(fields: dict[str, Any], vocabulary: Vocabulary, tokenizer: Any) -> None:
     """Make the tokenizer put BOS before each text and EOS after it, where the metadata or llama.cpp's defaults say so:
-    SentencePiece and Llama 3 vocabularies begin with BOS."""
+    SentencePiece, Llama 3 and Mistral's vocabularies begin with BOS."""
     from tokenizers import processors
 
-    begins = vocabulary.kind == "llama" or _pre(fields) == "llama-bpe"
+    begins = vocabulary.kind == "llama" or _pre(fields) in _BEGIN_WITH_BOS
     before = ["bos"] if _adds(fields, vocabulary, "bos", begins) else []
     after = ["eos"] if _adds(fields, vocabulary, "eos", False) else []
     if before or after:

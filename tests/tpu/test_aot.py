@@ -22,9 +22,12 @@ def compiler():
 ON = [("llama-3.2-1b", "v5e"), ("llama-3.2-1b", "v6e"), ("llama-3.1-8b", "v5e 2x4"), ("llama-3.1-8b", "v6e 2x2")]
 
 
-@pytest.mark.parametrize(("model", "machine"), ON)
-@pytest.mark.parametrize("program", ["prefill", "full", "recycled", "dynamic"])
-def test_decoding(model, machine, program):
+OTHERS = [("recycled", model, "v6e 2x2") for model in ("qwen3-8b", "gemma-3-12b")]
+PROGRAMS = [(name, *on) for name in ("prefill", "full", "recycled", "dynamic") for on in ON] + OTHERS
+
+
+@pytest.mark.parametrize(("program", "model", "machine"), PROGRAMS)
+def test_decoding(program, model, machine):
     report = aot.decoding(machine, model, program, 32768)
     report.check(aot.MACHINES[machine])
     # sums over split heads, features and vocabulary, and the greedy choice over the whole vocabulary

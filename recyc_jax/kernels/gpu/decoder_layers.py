@@ -3,10 +3,13 @@
 
 A product of a few rows takes as long as its weights take to be read; norms, gates, rotations and residuals beside it
 cost little arithmetic and, as kernels of their own, some 2 us each. So each product takes them in: six kernels per
-layer."""
+layer of Llama, one more where heads have norms, and two more where the norms of attention and feed-forward come after
+them: those need all of a product before they can begin."""
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,45 +20,76 @@ from recyc_jax import sharding
 from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import products
-from recyc_jax.kernels.gpu.products import Linear
-from recyc_jax.model import Heads, Params
+from recyc_jax.kernels.gpu.products import Linear, Norm, Stream
+from recyc_jax.model import Heads, Params, norm_factors
+from recyc_jax.rope import Positions
 
 
 def applies(config: LlamaConfig, rows: int, dtype: Any) -> bool:
-    """Whether the kernels take that many rows of this model. `run` repeats `model.DecoderLayer` from its parameters: a
-    model whose layers have more (norms of q and k, say) must be refused here. Not over a mesh, over which only XLA can
-    split products; and not in float16, where x times a norm's scale can overflow before it is divided by its root mean
-    square."""
-    fits = rows <= products.MOST_ROWS and products.head_columns(config) is not None
-    return fits and jnp.dtype(dtype) != jnp.float16 and sharding.unsplit()
+    """Whether the kernels take that many rows of this model. Not over a mesh, over which only XLA can split products;
+    and not in float16, where x times a norm's scale can overflow before it is divided by its root mean square."""
+    if products.head_columns(config) is None:
+        _say_once(f"head_dim={config.head_dim} is no multiple of 16: a decode step runs the model's own layers")
+        return False
+    return rows <= products.MOST_ROWS and jnp.dtype(dtype) != jnp.float16 and sharding.unsplit()
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logging.getLogger(__name__).warning(line)
 
 
 def run(
     params: Params,
     config: LlamaConfig,
     x: Float[Array, "B 1 D"],
-    cos: Float[Array, "B 1 H2"],
-    sin: Float[Array, "B 1 H2"],
+    by_layer: Sequence[Positions],
     attend: CachedAttention,
     states: Sequence[Any],
 ) -> tuple[Array, tuple[Any, ...]]:
-    """All decoder layers, as `model.DecoderLayers`."""
+    """All decoder layers, as `model.DecoderLayers`: `model.DecoderLayer` again, from its parameters."""
     layers = [params[f"layers_{layer}"] for layer in range(config.num_hidden_layers)]
     eps = config.rms_norm_eps
-    following_norms = [after["attention_norm"]["scale"] for after in layers[1:]] + [None]
-    stream = products.begin(x, layers[0]["attention_norm"]["scale"])
+
+    def factors(norms: Any, name: str) -> Array | None:
+        """What a norm multiplies by; None for a norm that the model does not have."""
+        if name not in norms:
+            return None
+        scale = norms[name]["scale"]
+        return scale.astype(x.dtype) if config.norm_scale == "rounded" else norm_factors(scale, config.norm_scale)
+
+    def added(out: Array, linear: Linear, stream: Stream, norms: Any, after: str, following: Array | None) -> Stream:
+        """The stream with a projection added, which is normed first where the model has the norm `after`."""
+        its_factors = factors(norms, after)
+        if its_factors is None:
+            return products.added(out, linear, stream, following)
+        return products.added_normed(out, linear, stream, Norm(its_factors, eps), following)
+
+    stream = products.begin(x, factors(layers[0], "attention_norm"))
     states_after = []
-    for number, (layer, (cached, state), norm_after) in enumerate(zip(layers, states, following_norms, strict=True)):
+    for number, (layer, (cached, state)) in enumerate(zip(layers, states, strict=True)):
         attention, mlp = layer["attention"], layer["mlp"]
         to_heads = [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
+        slot, rotation = cached.place(attend.slot), by_layer[number].rotation
         # the new keys and values are written into the cache by the kernel that computes them
-        q, q_before_rope, k, v, cached = products.to_heads(stream, to_heads, cos, sin, cached, attend.slot, eps)
-        out, state = attend.read(number, Heads(q, k, v, q_before_rope), cached, state)
+        q_factors, k_factors = factors(attention, "q_norm"), factors(attention, "k_norm")
+        norms = None if q_factors is None or k_factors is None else [Norm(q_factors, eps), Norm(k_factors, eps)]
+        if products.finishes_heads(config) or rotation is None:
+            raw = products.projected(stream, to_heads, eps)
+            made = products.finished_heads(raw, norms, by_layer[number], cached, slot)
+        else:
+            made = products.to_heads(stream, to_heads, *rotation, cached, slot, eps, norms)
+        q, q_before_rope, k, v, cached = made
+        out, state = attend.read_written(number, Heads(q, k, v, q_before_rope), cached, state)
         states_after.append((cached, state))
-        out = out.reshape(*x.shape[:2], -1)
-        stream = products.added(out, _linear(attention, "o_proj"), stream, layer["mlp_norm"]["scale"])
-        hidden = products.gated(stream, _linear(mlp, "gate_proj"), _linear(mlp, "up_proj"), eps)
-        stream = products.added(hidden, _linear(mlp, "down_proj"), stream, norm_after)
+        out, mlp_norm = out.reshape(*x.shape[:2], -1), factors(layer, "mlp_norm")
+        stream = added(out, _linear(attention, "o_proj"), stream, layer, "attention_out_norm", mlp_norm)
+        hidden = products.gated(
+            stream, _linear(mlp, "gate_proj"), _linear(mlp, "up_proj"), eps, activation=config.activation
+        )
+        is_last = number + 1 == config.num_hidden_layers
+        following = None if is_last else factors(layers[number + 1], "attention_norm")
+        stream = added(hidden, _linear(mlp, "down_proj"), stream, layer, "mlp_out_norm", following)
     return stream.x, tuple(states_after)
 
 

@@ -26,6 +26,12 @@ class KeptSlotsByKernel(KeptSlots):
         return decode_attention.kept(q, cached.keys, cached.values, self.slots, reads, rows)
 
 
+def _fits_prefill(q: Array) -> bool:
+    """Whether the prefill kernel takes these queries: tensor cores multiply no float32, and tiles of wider heads do not
+    fit in registers."""
+    return q.dtype.itemsize == 2 and q.shape[-1] <= 128
+
+
 class GPU(Implementation):
     """As `Implementation`. On a CPU the kernels run only in Pallas' interpreter (`triton_call.INTERPRET`)."""
 
@@ -35,10 +41,31 @@ class GPU(Implementation):
     def chunk(
         self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
     ) -> Float[Array, "B C N H"]:
-        # tensor cores multiply no float32, and tiles of wider heads do not fit in registers
-        if q.dtype.itemsize == 2 and q.shape[-1] <= 128:
+        if _fits_prefill(q):
             return prefill_attention.chunk(q, cached.keys, cached.values, starts, offset)
         return super().chunk(q, cached, starts, offset)
+
+    def window_chunk(
+        self,
+        q: Float[Array, "B C N H"],
+        keys: Float[Array, "B K S H"],
+        values: Float[Array, "B K S H"],
+        starts: Int[Array, " B"],
+        offset: Int[Array, ""],
+        window: int,
+    ) -> Float[Array, "B C N H"]:
+        if _fits_prefill(q):
+            return prefill_attention.chunk(q, keys, values, starts, offset, window)
+        return super().window_chunk(q, keys, values, starts, offset, window)
+
+    def window_step(
+        self,
+        q: Float[Array, "B N H"],
+        keys: Float[Array, "B K R H"],
+        values: Float[Array, "B K R H"],
+        visible: Bool[Array, "B R"],
+    ) -> Float[Array, "B N H"]:
+        return decode_attention.full(q, keys, values, visible)
 
     def full(self, q: Float[Array, "B N H"], cached: LayerCache, visible: Bool[Array, "B S"]) -> Float[Array, "B N H"]:
         return decode_attention.full(q, cached.keys, cached.values, visible)

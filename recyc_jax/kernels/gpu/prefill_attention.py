@@ -33,15 +33,18 @@ def chunk(
     values: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     offset: Int[Array, ""],
+    window: int | None = None,
 ) -> Float[Array, "B C N H"]:
     """The output of `reference.chunk`, but `offset` need not be a multiple of C."""
     inputs = ("B-K-", "BK--", "BK--", "B", "-")
-    return sharding.split_kernel(_chunk, q.shape[0], inputs, "B-K-")(q, keys, values, starts, jnp.reshape(offset, 1))
+    local = functools.partial(_chunk, window=window)
+    return sharding.split_kernel(local, q.shape[0], inputs, "B-K-")(q, keys, values, starts, jnp.reshape(offset, 1))
 
 
-def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> Array:
+def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array, window: int | None) -> Array:
     """`chunk` on one device's share of rows and heads."""
-    (out,) = _call(q, keys, values, starts, offset, "chunk_attention", TILE, dim=q.shape[-1], step=1)
+    options = {"dim": q.shape[-1], "step": 1, "window": window}
+    (out,) = _call(q, keys, values, starts, offset, "chunk_attention", TILE, **options)
     return out[:, : q.shape[1], :, : q.shape[-1]]
 
 
@@ -73,6 +76,7 @@ def _call(
     *,
     dim: int,
     step: int,
+    window: int | None = None,
     keep_normaliser: bool = False,
 ) -> list[Array]:
     """The outputs, padded to whole blocks of queries and to a power of two of lanes, then, with `keep_normaliser`, the
@@ -98,6 +102,7 @@ def _call(
         queries=queries,
         slots=tile[1],
         step=step,
+        window=window,
     )
 
 
@@ -113,8 +118,10 @@ def _attend(
     queries: int,
     slots: int,
     step: int,
+    window: int | None,
 ) -> None:
-    """One program: a block of queries of one head, each `step` slots after the one before it."""
+    """One program: a block of queries of one head, each `step` slots after the one before it. With `window`, a query
+    sees the latest slots up to its own alone, so many."""
     number, head, row = (pl.program_id(axis) for axis in range(3))
     kv_head = head // (q_ref.shape[2] // keys_ref.shape[1])
     capacity = keys_ref.shape[2]
@@ -138,7 +145,10 @@ def _attend(
         slot = block * slots + lanes
         logits = plt.dot(q, load(keys_ref, slot, masked).T, allow_tf32=False).astype(jnp.float32) * scale
         if masked:
-            logits = jnp.where((slot[None, :] <= query_slot[:, None]) & (slot >= start)[None, :], logits, MASKED)
+            seen = (slot[None, :] <= query_slot[:, None]) & (slot >= start)[None, :]
+            if window is not None:
+                seen = seen & (slot[None, :] > query_slot[:, None] - window)
+            logits = jnp.where(seen, logits, MASKED)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         shrink = jnp.exp2(peak - new_peak)
         weights = jnp.exp2(logits - new_peak[:, None])
@@ -154,6 +164,9 @@ def _attend(
     first = start // slots
     # the first block with slots that some of the queries do not see
     unmasked_end = jnp.maximum((offset + number * queries * step) // slots, first)
+    if window is not None:  # every block holds such slots; a row may begin before the first slot
+        first = jnp.maximum(jnp.maximum(start, offset + number * queries - window + 1), 0) // slots
+        unmasked_end = first
     end = (offset + ((number + 1) * queries - 1) * step + slots) // slots
     if step > 1:  # the slots of padding queries lie far past the end of the cache
         end = jnp.minimum(end, pl.cdiv(capacity, slots))
