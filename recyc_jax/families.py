@@ -151,9 +151,13 @@ def text_part(hf: HF) -> HF:
     text = hf.get("text_config")
     if not isinstance(text, Mapping):
         raise ValueError(f"text_config={text!r} must be an object")
-    of_whole = {name: hf[name] for name in ("tie_word_embeddings", "eos_token_id") if hf.get(name) is not None}
+    # of both places transformers goes by the whole model's; it ties the embeddings unless that says otherwise
+    of_whole = {"tie_word_embeddings": _given(hf, "tie_word_embeddings", True)}
+    if hf.get("eos_token_id") is not None:
+        of_whole["eos_token_id"] = hf["eos_token_id"]
     quantised = {"quantization_config": hf["quantization_config"]} if hf.get("quantization_config") else {}
-    return {"model_type": WITH_IMAGES[kind]} | of_whole | {k: v for k, v in text.items() if v is not None} | quantised
+    stated = {name: value for name, value in text.items() if value is not None or name == "sliding_window"}
+    return {"model_type": WITH_IMAGES[kind]} | stated | of_whole | quantised
 
 
 def fields(hf: HF) -> dict[str, Any]:

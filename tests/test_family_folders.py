@@ -62,6 +62,17 @@ def test_the_text_part_of_a_model_that_reads_images(tmp_path, prefix):
         rj.load_pretrained(str(tmp_path))
 
 
+def test_the_whole_models_ends_and_ties_count_as_in_transformers():
+    """What transformers saves states both places, and the text part ends at fewer tokens."""
+    text = dict(num_hidden_layers=6, eos_token_id=1, tie_word_embeddings=False)
+    whole = dict(model_type="gemma3", text_config=text, eos_token_id=[1, 106], tie_word_embeddings=True)
+    config = rj.LlamaConfig.from_hf(whole)
+    assert (config.eos_token_ids, config.tie_word_embeddings) == ((1, 106), True)
+    assert not rj.LlamaConfig.from_hf(whole | dict(tie_word_embeddings=False)).tie_word_embeddings
+    assert rj.LlamaConfig.from_hf(whole | dict(tie_word_embeddings=None)).tie_word_embeddings
+    assert rj.LlamaConfig.from_hf(whole | dict(eos_token_id=None)).eos_token_ids == (1,)
+
+
 def test_a_decoder_without_its_head(tmp_path):
     params, _ = write_folder(tmp_path / "tied", tie_word_embeddings=True)
     rewritten(tmp_path / "tied", lambda name: name.removeprefix("model."))

@@ -104,6 +104,17 @@ FILES = {  # arch, config, further keys, further tensors
         },
         {},
     ),
+    "gemma3_full_first": (
+        "gemma3",
+        GEMMA | dict(layer_types=("full_attention", "sliding_attention") * 2),
+        {
+            "attention.sliding_window": 6,
+            "attention.sliding_window_pattern": [False, True] * 2,
+            "attention.key_length": 8,
+            "rope.scaling.factor": 8.0,
+        },
+        {},
+    ),
     "gemma3_pattern": (
         "gemma3",
         GEMMA | dict(layer_types=("sliding_attention", "full_attention") * 2, sliding_rope_theta=500.0),

@@ -193,9 +193,7 @@ def gguf_name(hf_name: str, config: LlamaConfig) -> str:
 
 def _expected(config: LlamaConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """GGUF's names, Hugging Face's names and the shapes of the tensors of a decoder."""
-    one = dataclasses.replace(config, num_hidden_layers=1, layer_types=config.layer_types[:1], layers_without_rope=())
-    if config.window(0) is None:
-        one = dataclasses.replace(one, layer_types=(), sliding_window=None)
+    one = dataclasses.replace(config, num_hidden_layers=1, layer_types=(), sliding_window=None, layers_without_rope=())
     shapes = weights.stored_shapes(one)  # layers are alike
     of_layer = "model.layers.0."
     for name, shape in shapes.items():
