@@ -110,7 +110,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmo2": Family({"rms_norm_eps": 1e-5}, _QK_NORM_OVER_PROJECTION),
     "olmo3": Family(
-        {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "sliding_window": 4096},
+        # as transformers has it, a theta that old configs state is that of layers with full attention alone
+        {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_local_base_freq": 5e5, "sliding_window": 4096},
         _QK_NORM_OVER_PROJECTION,
         _windows_by_pattern(4),
     ),
@@ -218,6 +219,8 @@ def _windows(hf: HF, family: Family, layers: int, context: int | None) -> dict[s
     RoPE too (`context` is None)."""
     kinds = family.layer_types(hf, layers)
     width = hf.get("sliding_window")
+    if SLIDING in kinds and width is None and context is None:
+        raise ValueError("sliding_window is null, but layer_types or the family's pattern asks for windows")
     if width is None or SLIDING not in kinds:
         return {}
     width = whole_number("sliding_window", width, 1)
@@ -259,10 +262,13 @@ def _rope(hf: HF, kind: str, made: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     theta = hf["rope_theta"]
     if kind in _ROPE_BY_LAYER_TYPE:
-        by_type = name == "rope_parameters" and bool(rope)
-        local = _given(rope, SLIDING, {}) if by_type else {}
-        rope = _given(rope, FULL, {}) if by_type else rope
-        if not isinstance(local, Mapping) or not isinstance(rope, Mapping):
+        by_type = hf.get("rope_parameters") or {}
+        if not isinstance(by_type, Mapping):
+            raise ValueError(f"rope_parameters={by_type!r} must be an object")
+        local, full = _given(by_type, SLIDING, {}), _given(by_type, FULL, {})
+        if isinstance(full, Mapping):  # `rope_scaling` beside it adds to it, as in transformers
+            rope = {**full, **(rope if name == "rope_scaling" else {})}
+        if not isinstance(local, Mapping) or not isinstance(full, Mapping):
             raise ValueError(f"{name} must have an object for each of {FULL} and {SLIDING}")
         if SLIDING in made.get("layer_types", ()):
             if rope_scaling.from_hf(f"{name}.{SLIDING}", local, 1, 1) is not None:
@@ -280,6 +286,8 @@ def _rope(hf: HF, kind: str, made: Mapping[str, Any]) -> dict[str, Any]:
         rope = {**rope, "rope_type": "longrope"}  # as early configs of Phi-3 call it
     context = made["max_position_embeddings"]
     scaling = rope_scaling.from_hf(name, rope, context, context)
+    if kind == "phi3" and scaling is not None and scaling.kind != "longrope":
+        raise ValueError(f"{name}.rope_type={scaling.kind!r} is not supported for model_type='phi3'; longrope is")
     if part != 1 and kind != "phi3" and (scaling is None or scaling.kind != "proportional"):
         raise ValueError(f"partial_rotary_factor={part:g} is not supported for model_type={kind!r}")
     return found | {"rope_scaling": scaling, "partial_rotary_factor": part}

@@ -31,7 +31,7 @@ def by_layer(config: LlamaConfig, positions: Int[Array, "B T"], row_lengths: Int
     """For each layer what the positions mean to it; alike layers share one object. `row_lengths` are the tokens of each
     row, new ones included, by which dynamic and longrope scaling choose a row's frequencies once for all."""
     multiplier = _query_multiplier(config, positions)
-    full = Positions(_rotation(positions, frequencies(config, row_lengths), _amplitude(config)), multiplier)
+    full = Positions(rotation(config, positions, row_lengths), multiplier)
     sliding = full
     if config.sliding_rope_theta is not None:
         unscaled = _powers(config.sliding_rope_theta, config.rotary_dim)
@@ -43,10 +43,10 @@ def by_layer(config: LlamaConfig, positions: Int[Array, "B T"], row_lengths: Int
     )
 
 
-def angles(config: LlamaConfig, positions: Int[Array, "B T"]) -> Rotation:
-    """Cosine and sine of every pair's angle in layers with full attention, times the scaling's amplitude; the last
-    position counts as a row's length."""
-    return _rotation(positions, frequencies(config, jnp.max(positions, axis=1) + 1), _amplitude(config))
+def rotation(config: LlamaConfig, positions: Int[Array, "B T"], row_lengths: Int[Array, " B"]) -> Rotation:
+    """Cosine and sine of every pair's angle in layers with full attention, times the scaling's amplitude."""
+    amplitude = 1.0 if config.rope_scaling is None else config.rope_scaling.amplitude
+    return _rotation(positions, frequencies(config, row_lengths), amplitude)
 
 
 def rotate(x: Float[Array, "B T heads H"], rotation: Rotation) -> Float[Array, "B T heads H"]:
@@ -65,10 +65,6 @@ def _rotation(positions: Array, inverse: Any, amplitude: float) -> Rotation:
     if amplitude == 1:
         return Rotation(jnp.cos(theta), jnp.sin(theta))
     return Rotation(jnp.cos(theta) * amplitude, jnp.sin(theta) * amplitude)
-
-
-def _amplitude(config: LlamaConfig) -> float:
-    return 1.0 if config.rope_scaling is None else config.rope_scaling.amplitude
 
 
 def _query_multiplier(config: LlamaConfig, positions: Array) -> Any:

@@ -194,6 +194,9 @@ def test_the_layers_with_full_attention(fields, full_layers):
         (dict(model_type="smollm3", no_rope_layers=[1, 0]), "no_rope_layers"),
         (dict(model_type="qwen3", partial_rotary_factor=0.5), "partial_rotary_factor=0.5"),
         (dict(model_type="gemma3"), "text_config=None"),
+        (dict(model_type="gemma3_text", sliding_window=None) | GEMMA_ACT["gemma3_text"], "sliding_window is null"),
+        (dict(model_type="phi3", rope_scaling=dict(rope_type="linear", factor=2.0)), "rope_type='linear' is not"),
+        (dict(model_type="olmo3", rope_parameters=[1]), "rope_parameters=.1. must be an object"),
         (dict(model_type="gemma3", text_config=dict(num_hidden_layers="6")), "num_hidden_layers='6'"),
         (
             dict(model_type="olmo3", rope_parameters=dict(sliding_attention=dict(rope_type="linear", factor=2.0))),
@@ -206,3 +209,16 @@ def test_the_layers_with_full_attention(fields, full_layers):
 def test_what_a_family_does_not_have_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
         rj.LlamaConfig.from_hf(FAMILY | fields)
+
+
+def test_thetas_of_both_kinds_of_layers():
+    """As transformers has them: nested, merged with `rope_scaling` beside them, and in old configs."""
+    nested = dict(full_attention=dict(rope_theta=5e4), sliding_attention=dict(rope_theta=2e4))
+    scaling = dict(rope_type="linear", factor=8.0)
+    for family, old in (("gemma3_text", 1e4), ("olmo3", 5e5)):
+        hf = FAMILY | GEMMA_ACT.get(family, {}) | dict(model_type=family, num_hidden_layers=6)
+        both = rj.LlamaConfig.from_hf(hf | dict(rope_parameters=nested, rope_scaling=scaling))
+        assert (both.rope_theta, both.sliding_rope_theta) == (5e4, 2e4)
+        assert both.rope_scaling == rj.RopeScaling("linear", 8.0)
+        alone = rj.LlamaConfig.from_hf(hf | dict(rope_theta=7e3))
+        assert (alone.rope_theta, alone.sliding_rope_theta) == (7e3, old)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_shapes import GEMMA_3, windows
 from policy_strings import NEW, RAGGED, STRINGS, WIDTH, every_policy, same
 
 import recyc_jax as rj
@@ -16,16 +17,7 @@ from recyc_jax.policies.registry import POLICIES
 FAMILIES = {  # of one layer for Llama, because policies treat layers alike
     "llama": dict(num_hidden_layers=1),
     "qwen3": dict(num_hidden_layers=1, qk_norm="head"),
-    "gemma3": dict(
-        norms="both",
-        norm_scale="one_plus",
-        qk_norm="head",
-        activation="gelu_tanh",
-        query_pre_attn_scalar=24.0,
-        sliding_rope_theta=500.0,
-        layer_types=("sliding_attention", "full_attention"),
-        sliding_window=6,
-    ),
+    "gemma3": GEMMA_3 | windows(6, "sf"),
     "smollm3": dict(layers_without_rope=(1,)),
 }
 MARKED = [pytest.param(name, marks=[] if name == "llama" else pytest.mark.slow) for name in FAMILIES]

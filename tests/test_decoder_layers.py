@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_shapes import GEMMA_3, OLMO, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import triton as plt
@@ -70,20 +71,11 @@ LIKE = {
     "qwen3": dict(qk_norm="head"),
     "qwen3_many_heads": dict(qk_norm="head", num_attention_heads=32, num_key_value_heads=8, head_dim=32),
     "qwen3_wide_heads": dict(qk_norm="head", head_dim=80, qkv_bias=True),
-    "olmo": dict(norms="after", norm_scale="float32", qk_norm="projection"),
+    "olmo": OLMO,
     "phi": dict(partial_rotary_factor=0.75),
     "smollm3": dict(layers_without_rope=(0,)),
     "ministral3": dict(rope_scaling=rj.RopeScaling("yarn", 4.0, llama_4_scaling_beta=0.3)),
-    "gemma3": dict(
-        norms="both",
-        norm_scale="one_plus",
-        qk_norm="head",
-        activation="gelu_tanh",
-        query_pre_attn_scalar=24.0,
-        sliding_rope_theta=500.0,
-        layer_types=("sliding_attention", "full_attention"),
-        sliding_window=CAPACITY,
-    ),
+    "gemma3": GEMMA_3 | windows(CAPACITY, "sf"),
 }
 
 

@@ -230,7 +230,7 @@ def test_rope_angles_equal(kind, last):
     positions = np.array([[0, 1, last // 2, last]])
     cos, sin = embedding(torch.zeros(1), torch.tensor(positions))
     config = rj.LlamaConfig.from_hf(hf.to_dict())
-    ours = rope.angles(config, jnp.asarray(positions, jnp.int32))
+    ours = rope.rotation(config, jnp.asarray(positions, jnp.int32), jnp.asarray([last + 1], jnp.int32))
     for expected, got in zip((cos, sin), ours, strict=True):
         # one unit in the last place of a float32 frequency rotates a pair by up to position * 6e-8
         np.testing.assert_allclose(got, expected.numpy()[..., :64], atol=max(1e-4, last * 1.2e-7))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_shapes import GEMMA_3, OLMO, windows
 
 import recyc_jax as rj
 from recyc_jax import training_implementations
@@ -11,28 +12,12 @@ from recyc_jax.attention import whole_sequence
 from train import forward
 
 SHAPES = {
-    "gemma3": dict(
-        norms="both",
-        norm_scale="one_plus",
-        qk_norm="head",
-        activation="gelu_tanh",
-        query_pre_attn_scalar=24.0,
-        embedding_multiplier=5.0,
-        sliding_rope_theta=500.0,
-        layer_types=("sliding_attention", "sliding_attention", "full_attention"),
-        sliding_window=7,
-    ),
+    "gemma3": GEMMA_3 | windows(7, "ssf") | dict(embedding_multiplier=5.0),
     "smollm3": dict(layers_without_rope=(1,)),
-    "olmo3": dict(
-        norms="after",
-        norm_scale="float32",
-        qk_norm="projection",
-        rope_scaling=rj.RopeScaling("yarn", 4.0, original_max_position_embeddings=16),
-        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
-        sliding_rope_theta=10000.0,
-        sliding_window=5,
-    ),
-    "mistral": dict(layer_types=("sliding_attention",) * 3, sliding_window=6),
+    "olmo3": OLMO
+    | windows(5, "sfs")
+    | dict(rope_scaling=rj.RopeScaling("yarn", 4.0, original_max_position_embeddings=16), sliding_rope_theta=10000.0),
+    "mistral": windows(6, "sss"),
     "phi4_mini": dict(
         partial_rotary_factor=0.75,
         rope_scaling=rj.RopeScaling(

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_shapes import GEMMA_3, OLMO, windows
 from gguf_files import metadata as common
 from gguf_files import refused, tensors, write, write_file
 
@@ -13,26 +14,18 @@ from recyc_jax.loading import gguf_metadata
 
 WIDE = dict(vocab_size=400, num_hidden_layers=4, rms_norm_eps=1e-5, rope_theta=1e6, eos_token_ids=(0,))
 YARN = rj.RopeScaling("yarn", 4.0, original_max_position_embeddings=128)
-GEMMA = dict(
-    norms="both",
-    norm_scale="one_plus",
-    qk_norm="head",
-    activation="gelu_tanh",
-    embedding_multiplier=32**0.5,
-    query_pre_attn_scalar=8.0,
-    tie_word_embeddings=True,
-    sliding_rope_theta=10000.0,
-    sliding_window=6,
-    layer_types=("sliding_attention",) * 4,
-    rope_scaling=rj.RopeScaling("linear", 8.0),
+GEMMA = (
+    GEMMA_3
+    | windows(6, "ssss")
+    | dict(
+        embedding_multiplier=32**0.5,
+        query_pre_attn_scalar=8.0,
+        tie_word_embeddings=True,
+        sliding_rope_theta=10000.0,
+        rope_scaling=rj.RopeScaling("linear", 8.0),
+    )
 )
-OLMO = dict(norms="after", norm_scale="float32", qk_norm="projection")
-OLMO_3 = OLMO | dict(
-    layer_types=("sliding_attention",) * 3 + ("full_attention",),
-    sliding_window=9,
-    sliding_rope_theta=1e6,
-    rope_scaling=YARN,
-)
+OLMO_3 = OLMO | windows(9, "sssf") | dict(sliding_rope_theta=1e6, rope_scaling=YARN)
 PHI = dict(fused_projections=True, partial_rotary_factor=0.75)
 LONGROPE = rj.RopeScaling(
     "longrope",

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from family_shapes import GEMMA_3, OLMO, windows
 
 import recyc_jax as rj
 from recyc_jax import implementations
@@ -12,32 +13,23 @@ pytestmark = pytest.mark.gpu
 SHAPE = dict(hidden_size=512, intermediate_size=768, num_hidden_layers=3, max_position_embeddings=8192)
 FAMILIES = {
     "qwen3": dict(num_attention_heads=32, num_key_value_heads=8, head_dim=128, qk_norm="head"),
-    "gemma3": dict(
+    "gemma3": GEMMA_3
+    | windows(512, "sfs")
+    | dict(
         num_attention_heads=4,
         num_key_value_heads=1,
         head_dim=256,
-        qk_norm="head",
-        norms="both",
-        norm_scale="one_plus",
-        activation="gelu_tanh",
-        query_pre_attn_scalar=168.0,
         embedding_multiplier=512**0.5,
-        sliding_rope_theta=10000.0,
-        rope_theta=1e6,
-        sliding_window=512,
-        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+        query_pre_attn_scalar=168.0,
     ),
-    "olmo3": dict(
+    "olmo3": OLMO
+    | windows(256, "ssf")
+    | dict(
         num_attention_heads=8,
         num_key_value_heads=8,
         head_dim=128,
-        qk_norm="projection",
-        norms="after",
-        norm_scale="float32",
         rope_scaling=rj.RopeScaling("yarn", 8.0, original_max_position_embeddings=1024),
         sliding_rope_theta=500000.0,
-        sliding_window=256,
-        layer_types=("sliding_attention", "sliding_attention", "full_attention"),
     ),
     "phi4_mini": dict(num_attention_heads=6, num_key_value_heads=2, head_dim=128, partial_rotary_factor=0.75),
     "ministral3": dict(

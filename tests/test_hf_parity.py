@@ -88,7 +88,7 @@ def test_rope_angles_equal_at_long_positions(scaling):
     positions = np.array([[0, 1, 8191, 8192, 40000, 131071]])
     cos, sin = embedding(torch.zeros(1), torch.tensor(positions))
     config = rj.LlamaConfig.from_hf(hf.to_dict())
-    ours = rope.angles(config, jnp.asarray(positions, jnp.int32))
+    ours = rope.rotation(config, jnp.asarray(positions, jnp.int32), jnp.asarray([131072], jnp.int32))
     for expected, got in zip((cos, sin), ours, strict=True):
         # at position 131071, one unit in the last place of a float32 frequency rotates a pair by 0.008
         np.testing.assert_allclose(got, expected.numpy()[..., :64], atol=0.016)

@@ -30,6 +30,7 @@ from recyc_jax.loading import (
     gguf_parts,
     gguf_tokenizer,
     gguf_vocabulary,
+    tensor_names,
     weights,
 )
 
@@ -48,15 +49,12 @@ _NAMES = {
 }
 """By Hugging Face's name within a layer, GGUF's."""
 _NORM_NAMES = {
-    "before": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
-    "after": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
-    "both": {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    },
+    "attention_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "attention_out_norm": "post_attention_norm",
+    "mlp_out_norm": "post_ffw_norm",
 }
+"""By the name of our parameters, GGUF's."""
 _TOP_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _EMBEDDING = "token_embd.weight"
 _QKV_BIAS = re.compile(r"blk\.[0-9]+\.attn_[qkv]\.bias")
@@ -188,7 +186,12 @@ def gguf_name(hf_name: str, config: LlamaConfig) -> str:
     if stem in _TOP_NAMES:
         return f"{_TOP_NAMES[stem]}.{kind}"
     block, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{block}.{(_NAMES | _NORM_NAMES[config.norms])[part]}.{kind}"
+    return f"blk.{block}.{_layer_names(config)[part]}.{kind}"
+
+
+def _layer_names(config: LlamaConfig) -> dict[str, str]:
+    """By Hugging Face's name within a layer of this shape, GGUF's."""
+    return _NAMES | {name: _NORM_NAMES[ours] for name, ours in tensor_names.NORMS[config.norms].items()}
 
 
 def _expected(config: LlamaConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -212,7 +215,7 @@ def _refuse(tensor: gguf_file.Tensor, config: LlamaConfig, arch: str) -> None:
     block = re.match(r"blk\.([0-9]+)\.", tensor.name)
     if block and int(block[1]) >= config.num_hidden_layers:
         raise ValueError(f"tensor {tensor.name} is of a block beyond the block_count of {config.num_hidden_layers}")
-    known = (_NAMES | _NORM_NAMES[config.norms] if block else _TOP_NAMES).values()
+    known = (_layer_names(config) if block else _TOP_NAMES).values()
     if kind != "bias" or stem.removeprefix(block[0] if block else "") not in known:
         raise ValueError(f"tensor {tensor.name} is not part of a decoder of the architecture {arch}")
     if _read(tensor).any():

@@ -149,8 +149,9 @@ def _windows(fields: dict[str, Any], arch: str, config: dict[str, Any]) -> dict[
     theta = gguf_fields.real(
         fields, f"{arch}.rope.freq_base_swa", 10000.0 if arch == "gemma3" else config["rope_theta"]
     )
+    made["rope_local_base_freq"] = theta
     if arch == "gemma3":
-        return made | {"rope_local_base_freq": theta}
+        return made
     if theta != config["rope_theta"]:
         raise ValueError(f"{gguf_fields.shown(f'{arch}.rope.freq_base_swa', theta)} differs from rope.freq_base")
     # OLMo 3 is OLMo 2 with windows

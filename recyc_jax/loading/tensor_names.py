@@ -15,7 +15,7 @@ _PREFIXES = (PREFIX, "language_model.model.", "model.language_model.", "")
 checkpoints of the decoder without its head."""
 _IMAGE_TENSORS = tuple(f"{at}{part}." for at in ("", PREFIX) for part in ("vision_tower", "multi_modal_projector"))
 
-_NORMS = {
+NORMS = {
     "before": {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
     "after": {"post_attention_layernorm": "attention_out_norm", "post_feedforward_layernorm": "mlp_out_norm"},
     "both": {
@@ -25,6 +25,7 @@ _NORMS = {
         "post_feedforward_layernorm": "mlp_out_norm",
     },
 }
+"""By `LlamaConfig.norms`, the names of a layer's norms and of their parameters."""
 _FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 """Tensors that hold several of our matrices, one after the other along their first axis."""
 
@@ -66,7 +67,7 @@ def parameters(config: LlamaConfig, before: str = PREFIX) -> dict[str, tuple[Pat
 
 def _layer(config: LlamaConfig) -> dict[str, tuple[Path, ...]]:
     names: dict[str, tuple[Path, ...]] = {
-        f"{theirs}.weight": ((ours, "scale"),) for theirs, ours in _NORMS[config.norms].items()
+        f"{theirs}.weight": ((ours, "scale"),) for theirs, ours in NORMS[config.norms].items()
     }
     if config.qk_norm is not None:
         names |= {f"self_attn.{one}_norm.weight": (("attention", f"{one}_norm", "scale"),) for one in "qk"}

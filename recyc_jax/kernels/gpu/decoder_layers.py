@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 from recyc_jax import sharding
 from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
-from recyc_jax.kernels.gpu import products
-from recyc_jax.kernels.gpu.products import Linear, Norm, Stream
+from recyc_jax.kernels.gpu import normed, products
+from recyc_jax.kernels.gpu.products import Linear
+from recyc_jax.kernels.gpu.rows import Norm, Stream
 from recyc_jax.model import Heads, Params, norm_factors
 from recyc_jax.rope import Positions
 
@@ -63,7 +64,7 @@ def run(
         its_factors = factors(norms, after)
         if its_factors is None:
             return products.added(out, linear, stream, following)
-        return products.added_normed(out, linear, stream, Norm(its_factors, eps), following)
+        return normed.added_normed(out, linear, stream, Norm(its_factors, eps), following)
 
     stream = products.begin(x, factors(layers[0], "attention_norm"))
     states_after = []
@@ -76,7 +77,7 @@ def run(
         norms = None if q_factors is None or k_factors is None else [Norm(q_factors, eps), Norm(k_factors, eps)]
         if products.finishes_heads(config) or rotation is None:
             raw = products.projected(stream, to_heads, eps)
-            made = products.finished_heads(raw, norms, by_layer[number], cached, slot)
+            made = normed.finished_heads(raw, norms, by_layer[number], cached, slot)
         else:
             made = products.to_heads(stream, to_heads, *rotation, cached, slot, eps, norms)
         q, q_before_rope, k, v, cached = made

@@ -20,19 +20,22 @@ from jaxtyping import Array, Float, Int
 from recyc_jax.cache import LayerCache
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import triton_call
-from recyc_jax.rope import Positions
+from recyc_jax.kernels.gpu.rows import (
+    ROWS,
+    Norm,
+    Stream,
+    in_range,
+    load_squares,
+    spare,
+    store,
+    store_in_cache,
+    store_scaled,
+    times,
+    times_normed,
+)
 
 MOST_ROWS = 16
 """Rows up to which the kernels apply."""
-ROWS = 16
-"""Rows of a tile that Triton multiplies; x has at most as many."""
-
-
-class Norm(NamedTuple):
-    """A norm's parameters."""
-
-    factors: Array  # [D]: what it multiplies by; float32 if it multiplies before it rounds
-    eps: float
 
 
 class Linear(NamedTuple):
@@ -40,14 +43,6 @@ class Linear(NamedTuple):
 
     kernel: Array  # [D, F]
     bias: Array | None = None  # [F]
-
-
-class Stream(NamedTuple):
-    """The residual stream between two products, with what the norm that follows needs."""
-
-    x: Array  # [B, 1, D]
-    scaled: Array | None = None  # [B, 1, D]: x times that norm's scale; None where no norm follows
-    squares: Array | None = None  # float32 [B, 1, P]: the squares of x, summed over P parts of D
 
 
 class _Tile(NamedTuple):
@@ -63,8 +58,6 @@ HEADS = _Tile(32, 256, stages=3)
 WHOLE_HEADS = _Tile(64, 128, stages=5)
 GATED = _Tile(128, 64, stages=3)
 ADDED = _Tile(32, 256)
-NORMED = 512
-"""Columns per program where a norm is added to the stream."""
 GELU = math.sqrt(2 / math.pi), 0.044715
 """The numbers of the GELU's approximation by tanh."""
 LEAST_WHOLE_HEADS = 48
@@ -76,12 +69,6 @@ PROGRAMS = 96
 LEAST_COLUMNS = 16
 LEAST_TOGETHER = 8
 """Columns of a matrix that must lie side by side for loads of 16 bytes: 8 of bfloat16."""
-
-
-def _spare() -> int:
-    """Spare rows at the end of an output: the interpreter writes where a store is masked, which must not be a live
-    row."""
-    return int(triton_call.INTERPRET)
 
 
 def _columns(tile: _Tile, width: int) -> int:
@@ -120,12 +107,7 @@ def begin(x: Float[Array, "B T D"], scale: Float[Array, " D"] | None) -> Stream:
     if scale is None:
         return Stream(x)
     wide = x.astype(jnp.float32)
-    return Stream(x, _times(x, scale), jnp.sum(wide * wide, axis=-1, keepdims=True))
-
-
-def _times(x: Array, factors: Array) -> Array:
-    """x times the factors, in x's dtype; in float32 before it is rounded if the factors are float32."""
-    return x * factors if factors.dtype == x.dtype else (x.astype(jnp.float32) * factors).astype(x.dtype)
+    return Stream(x, times(x, scale), jnp.sum(wide * wide, axis=-1, keepdims=True))
 
 
 def to_heads(
@@ -150,7 +132,7 @@ def to_heads(
     columns = half if norms else math.gcd(_columns(HEADS, sum(heads) * half), half)
     arrays = [jnp.reshape(slot, 1), cos.reshape(rows, half), sin.reshape(rows, half)]
     arrays += [norm.factors for norm in norms or ()]
-    q_shape = jax.ShapeDtypeStruct((rows + _spare(), heads[0], dim), x.dtype)
+    q_shape = jax.ShapeDtypeStruct((rows + spare(), heads[0], dim), x.dtype)
     q, q_before_rope, keys, values = _call(
         "heads_projections",
         _heads,
@@ -173,52 +155,12 @@ def projected(stream: Stream, linears: Sequence[Linear], eps: float) -> list[Arr
     """Several projections [B, F] of the normed stream (of x itself, if no norm comes before them)."""
     rows, widths = math.prod(stream.x.shape[:-1]), [linear.kernel.shape[1] for linear in linears]
     columns = math.gcd(_columns(ADDED, sum(widths)), *widths)
-    shapes = [jax.ShapeDtypeStruct((rows + _spare(), width), stream.x.dtype) for width in widths]
+    shapes = [jax.ShapeDtypeStruct((rows + spare(), width), stream.x.dtype) for width in widths]
     options = {"columns": columns, "eps": eps}
     outputs = _call(
         "projections", _projected, stream, [], list(linears), shapes, sum(widths) // columns, ADDED, **options
     )
     return [one[:rows] for one in outputs]
-
-
-def finished_heads(
-    raw: Sequence[Float[Array, "B _"]],
-    norms: Sequence[Norm] | None,
-    positions: Positions,
-    cached: LayerCache,
-    slot: Int[Array, ""],
-) -> tuple[Array, Array, Array, Array, LayerCache]:
-    """As `to_heads`, from the projections `raw` of q, k and v. `norms` are those of q and k, over each head or over the
-    whole projection by their size; None without."""
-    keys, values = cached.keys, cached.values
-    rows, dim, dtype = raw[0].shape[0], keys.shape[3], raw[0].dtype
-    heads = [one.shape[1] // dim for one in raw]
-    columns = dim & -dim  # the largest power of two that divides it
-    arrays, rotation = [jnp.reshape(slot, 1), *raw], positions.rotation
-    if rotation is not None:
-        arrays += [one.reshape(rows, -1) for one in rotation]
-    if positions.query_multiplier is not None:
-        of_rows = jnp.asarray(positions.query_multiplier, jnp.float32)
-        arrays.append(jnp.broadcast_to(jnp.reshape(of_rows, (-1, 1)), (rows, 1)))
-    arrays += [norm.factors for norm in norms or ()]
-    q_shape = jax.ShapeDtypeStruct((rows + _spare(), heads[0], dim), dtype)
-    q, q_before_rope, keys, values = triton_call.call(
-        _finished,
-        arrays,
-        [q_shape, q_shape],
-        (sum(heads) * dim // columns,),
-        "finished_heads",
-        warps=1,
-        stages=1,
-        in_place=(keys, values),
-        rotated=rotation is not None,
-        multiplied=positions.query_multiplier is not None,
-        eps=norms[0].eps if norms else None,
-        columns=columns,
-        dim=dim,
-    )
-    k, v = (lax.dynamic_slice_in_dim(one, slot, 1, 2).swapaxes(1, 2) for one in (keys, values))
-    return q[:rows, None], q_before_rope[:rows, None], k, v, cached.replaced(keys, values)
 
 
 def gated(stream: Stream, gate: Linear, up: Linear, eps: float, activation: str = "silu") -> Float[Array, "B T F"]:
@@ -227,7 +169,7 @@ def gated(stream: Stream, gate: Linear, up: Linear, eps: float, activation: str 
     columns = _columns(GATED, width)
     blocks, rows = pl.cdiv(width, columns), math.prod(stream.x.shape[:-1])
     # the programs' columns can go beyond the matrix
-    shapes = [jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), stream.x.dtype)]
+    shapes = [jax.ShapeDtypeStruct((rows + spare(), blocks * columns), stream.x.dtype)]
     options = {"columns": columns, "eps": eps, "activation": activation}
     (out,) = _call("gated_projections", _gated, stream, [], [gate, up], shapes, blocks, GATED, **options)
     return out[:rows, :width].reshape(*stream.x.shape[:-1], width)
@@ -239,43 +181,12 @@ def added(x: Float[Array, "B T F"], linear: Linear, stream: Stream, scale: Float
     columns = _columns(ADDED, width)
     blocks, rows = pl.cdiv(width, columns), math.prod(shape[:-1])
     options = {"columns": columns, "scaled": scale is not None}
-    whole = jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), dtype)
-    shapes = [whole, whole, jax.ShapeDtypeStruct((rows + _spare(), blocks), jnp.float32)]
+    whole = jax.ShapeDtypeStruct((rows + spare(), blocks * columns), dtype)
+    shapes = [whole, whole, jax.ShapeDtypeStruct((rows + spare(), blocks), jnp.float32)]
     arrays = [stream.x.reshape(rows, width), *(() if scale is None else (scale,))]
     # named by the width of x: so a profile distinguishes a layer's two products of this kind
     name, shapes = f"added_projection_{x.shape[-1]}", shapes[: 1 if scale is None else 3]
     outputs = _call(name, _added, Stream(x), arrays, [linear], shapes, blocks, ADDED, **options)
-    cut = [one[:rows, :width].reshape(shape) for one in outputs[:2]]
-    if scale is None:
-        return Stream(cut[0])
-    return Stream(cut[0], cut[1], outputs[2][:rows].reshape(*shape[:-1], blocks))
-
-
-def added_normed(
-    x: Float[Array, "B T F"], linear: Linear, stream: Stream, norm: Norm, scale: Float[Array, " D"] | None
-) -> Stream:
-    """The stream with the norm of a projection of x added; `scale` is as in `added`."""
-    # a first product leaves the projection and its squares, as if it were a stream that begins
-    made = added(x, linear, Stream(jnp.zeros_like(stream.x)), jnp.ones(stream.x.shape[-1], stream.x.dtype))
-    shape, width = stream.x.shape, stream.x.shape[-1]
-    rows, columns = math.prod(shape[:-1]), min(NORMED, pl.next_power_of_2(width))
-    blocks = pl.cdiv(width, columns)
-    whole = jax.ShapeDtypeStruct((rows + _spare(), blocks * columns), stream.x.dtype)
-    shapes = [whole, whole, jax.ShapeDtypeStruct((rows + _spare(), blocks), jnp.float32)]
-    assert made.squares is not None
-    read = [made.x, made.squares, stream.x]
-    arrays = [one.reshape(rows, -1) for one in read] + [norm.factors, *(() if scale is None else (scale,))]
-    options = {"columns": columns, "eps": norm.eps, "scaled": scale is not None}
-    outputs = triton_call.call(
-        _added_normed,
-        arrays,
-        shapes[: 1 if scale is None else 3],
-        (blocks,),
-        "added_norm",
-        warps=4,
-        stages=1,
-        **options,
-    )
     cut = [one[:rows, :width].reshape(shape) for one in outputs[:2]]
     if scale is None:
         return Stream(cut[0])
@@ -395,11 +306,11 @@ def _heads(
             for which in range(2):
                 store_lane = (which * half + lane)[None, :]
                 if number == 0:
-                    _store(q_ref, (head, store_lane), rotated[which])
-                    _store(q_before_rope_ref, (head, store_lane), plain[which])
+                    store(q_ref, (head, store_lane), rotated[which])
+                    store(q_before_rope_ref, (head, store_lane), plain[which])
                 else:
                     cache_ref = keys_ref if number == 1 else values_ref
-                    _store_in_cache(cache_ref, rows, (head, slot, store_lane), rotated[which])
+                    store_in_cache(cache_ref, rows, (head, slot, store_lane), rotated[which])
 
         pl.when((program >= 0) & (program < heads * blocks))(compute)
         first_program += heads * blocks
@@ -412,13 +323,8 @@ def _normed(parts: list[Array], factors: list[Array], eps: float) -> list[Array]
     squares = sum((jnp.sum(part * part, axis=1) for part in wide), jnp.zeros(ROWS, jnp.float32))
     inverse_rms = lax.rsqrt(squares / width + eps)[:, None]
     return [
-        _times_normed(part * inverse_rms, its[None, :], parts[0].dtype) for part, its in zip(wide, factors, strict=True)
+        times_normed(part * inverse_rms, its[None, :], parts[0].dtype) for part, its in zip(wide, factors, strict=True)
     ]
-
-
-def _times_normed(normed: Array, factors: Array, dtype: Any) -> Array:
-    """What a norm has divided (float32) times its factors, in `dtype`; rounded before unless the factors are float32."""
-    return ((normed.astype(dtype) if factors.dtype == dtype else normed) * factors).astype(dtype)
 
 
 def _projected(x: _Rows, matrices: list[Any], *out_refs: Any, columns: int, eps: float) -> None:
@@ -431,95 +337,10 @@ def _projected(x: _Rows, matrices: list[Any], *out_refs: Any, columns: int, eps:
         def compute(matrix: Any = matrix, out_ref: Any = out_ref, block: Array = block) -> None:
             column = block * columns + jnp.arange(columns)
             (product,) = _products(x, [(*matrix, column)], eps)
-            _store(out_ref, (column[None, :],), product.astype(out_ref.dtype))
+            store(out_ref, (column[None, :],), product.astype(out_ref.dtype))
 
         pl.when((block >= 0) & (block < blocks))(compute)
         first_program += blocks
-
-
-def _finished(
-    slot_ref: Any,
-    *refs: Any,
-    rotated: bool,
-    multiplied: bool,
-    eps: float | None,
-    columns: int,
-    dim: int,
-) -> None:
-    """One program: some dimensions of one head."""
-    raw_refs, refs = refs[:3], refs[3:]
-    rotation_refs: tuple[Any, ...]
-    rotation_refs, refs = (refs[:2], refs[2:]) if rotated else ((), refs)
-    multiplier_ref, refs = (refs[0], refs[1:]) if multiplied else (None, refs)
-    factor_refs, refs = (refs[:2], refs[2:]) if eps is not None else ((), refs)
-    q_ref, q_before_rope_ref, keys_ref, values_ref = refs[2:]
-    rows, blocks = raw_refs[0].shape[0], dim // columns
-    slot, row_in_range = plt.load(slot_ref.at[jnp.int32(0)]), jnp.minimum(jnp.arange(ROWS), rows - 1)[:, None]
-
-    def of_head(number: int, head: Array, lane: Array) -> Array:
-        """Dimensions of a head after its norm, in the model's dtype."""
-        raw_ref = raw_refs[number]
-
-        def load(lane: Array) -> Array:
-            return plt.load(raw_ref.at[row_in_range, lane[None, :]])
-
-        x = load(head * dim + lane)
-        if not factor_refs or number == 2:
-            return x
-        factor_ref = factor_refs[number]
-        width = factor_ref.shape[0]  # of what is normed: one head, or all of them
-        begin = jnp.int32(0) if width > dim else head * dim
-
-        def add(block: Array, total: Array) -> Array:
-            wide = load(begin + block * columns + jnp.arange(columns)).astype(jnp.float32)
-            return total + jnp.sum(wide * wide, axis=1)
-
-        squares = lax.fori_loop(0, width // columns, add, jnp.zeros(ROWS, jnp.float32))
-        normed = x.astype(jnp.float32) * lax.rsqrt(squares / width + eps)[:, None]
-        factors = plt.load(factor_ref.at[(head * dim if width > dim else 0) + lane])[None, :]
-        return _times_normed(normed, factors, x.dtype)
-
-    first_program = 0
-    head_counts = (q_ref.shape[1], keys_ref.shape[1], values_ref.shape[1])
-    for number, heads in enumerate(head_counts):
-        program = pl.program_id(0) - first_program
-
-        def compute(number: int = number, program: Array = program) -> None:
-            head, lane = program // blocks, program % blocks * columns + jnp.arange(columns)
-            plain = of_head(number, head, lane)
-            out = plain
-            if rotated and number < 2:
-                pairs = rotation_refs[0].shape[1]
-                is_first, turns = lane < pairs, lane < 2 * pairs
-                other_lane = jnp.where(turns, jnp.where(is_first, lane + pairs, lane - pairs), lane)
-                pair = jnp.minimum(jnp.where(is_first, lane, lane - pairs), pairs - 1)
-                cos, sin = (plt.load(ref.at[row_in_range, pair[None, :]]) for ref in rotation_refs)
-                wide, other = plain.astype(jnp.float32), of_head(number, head, other_lane).astype(jnp.float32)
-                turned = wide * cos + jnp.where(is_first[None, :], -other, other) * sin
-                out = jnp.where(turns[None, :], turned, wide).astype(plain.dtype)
-            if multiplier_ref is not None and number == 0:
-                by = plt.load(multiplier_ref.at[row_in_range, jnp.zeros_like(lane)[None, :]])
-                out = (out.astype(jnp.float32) * by).astype(plain.dtype)
-            if number == 0:
-                _store(q_ref, (head, lane[None, :]), out)
-                _store(q_before_rope_ref, (head, lane[None, :]), plain)
-            else:
-                cache_ref = keys_ref if number == 1 else values_ref
-                _store_in_cache(cache_ref, rows, (head, slot, lane[None, :]), out)
-
-        pl.when((program >= 0) & (program < heads * blocks))(compute)
-        first_program += heads * blocks
-
-
-def _store_in_cache(ref: Any, rows: int, index: tuple[Any, ...], values: Array) -> None:
-    """Store rows in the cache; one by one when interpreted, since a masked store would overwrite a live row there."""
-    if not triton_call.INTERPRET:
-        row = jnp.arange(ROWS)[:, None]
-        mask = jnp.broadcast_to(row < rows, values.shape)
-        plt.store(ref.at[(jnp.minimum(row, rows - 1), *index)], values, mask=mask)
-        return
-    for row in range(rows):
-        plt.store(ref.at[(jnp.int32(row), *index)], values[row : row + 1])
 
 
 def _gated(x: _Rows, matrices: list[Any], out_ref: Any, *, columns: int, eps: float, activation: str) -> None:
@@ -528,7 +349,7 @@ def _gated(x: _Rows, matrices: list[Any], out_ref: Any, *, columns: int, eps: fl
     gate, up = _products(x, [(*matrix, column) for matrix in matrices], eps)
     # the GELU's tanh is a sigmoid of twice its argument
     bent = gate if activation == "silu" else 2 * GELU[0] * (gate + GELU[1] * gate * gate * gate)
-    _store(out_ref, (column[None, :],), (gate / (1 + jnp.exp(-bent)) * up).astype(out_ref.dtype))
+    store(out_ref, (column[None, :],), (gate / (1 + jnp.exp(-bent)) * up).astype(out_ref.dtype))
 
 
 def _added(x: _Rows, residual_ref: Any, *refs: Any, columns: int, scaled: bool) -> None:
@@ -536,78 +357,17 @@ def _added(x: _Rows, residual_ref: Any, *refs: Any, columns: int, scaled: bool) 
     *scale_ref, matrices, out_ref = refs[: 3 if scaled else 2]
     column = pl.program_id(0) * columns + jnp.arange(columns)
     width = residual_ref.shape[1]
-    column_in_range, is_column = _in_range(column, width)
+    column_in_range, is_column = in_range(column, width)
     row_in_range = jnp.minimum(jnp.arange(ROWS), residual_ref.shape[0] - 1)[:, None]
     # loaded before the product, so that nothing waits for them after it
     residual = plt.load(residual_ref.at[row_in_range, column_in_range[None, :]])
     scale = plt.load(scale_ref[0].at[column_in_range]) if scaled else None
     (product,) = _products(x, [(*matrix, column) for matrix in matrices])
     out = (residual.astype(jnp.float32) + product).astype(out_ref.dtype)
-    _store(out_ref, (column[None, :],), out)
+    store(out_ref, (column[None, :],), out)
     if scale is not None:
         scaled_ref, squares_ref = refs[3:]
-        _store_scaled(out, scale, column, is_column, scaled_ref, squares_ref)
-
-
-def _store_scaled(
-    out: Array, scale: Array, column: Array, is_column: Array | None, scaled_ref: Any, squares_ref: Any
-) -> None:
-    """Store what the norm that follows needs of some columns of the stream."""
-    _store(scaled_ref, (column[None, :],), _times(out, scale[None, :]))
-    wide = out.astype(jnp.float32)
-    if is_column is not None:
-        wide = jnp.where(is_column[None, :], wide, 0)
-    row, rows = jnp.arange(ROWS), squares_ref.shape[0] - _spare()
-    store_row = jnp.minimum(row, squares_ref.shape[0] - 1)
-    plt.store(squares_ref.at[store_row, pl.program_id(0)], jnp.sum(wide * wide, axis=1), mask=row < rows)
-
-
-def _added_normed(
-    raw_ref: Any,
-    raw_squares_ref: Any,
-    residual_ref: Any,
-    factors_ref: Any,
-    *refs: Any,
-    columns: int,
-    eps: float,
-    scaled: bool,
-) -> None:
-    """One program: some columns."""
-    scale_ref, refs = (refs[0], refs[1:]) if scaled else (None, refs)
-    column, width = pl.program_id(0) * columns + jnp.arange(columns), residual_ref.shape[1]
-    column_in_range, is_column = _in_range(column, width)
-    row_in_range = jnp.minimum(jnp.arange(ROWS), residual_ref.shape[0] - 1)[:, None]
-    raw, residual = (plt.load(ref.at[row_in_range, column_in_range[None, :]]) for ref in (raw_ref, residual_ref))
-    factors = plt.load(factors_ref.at[column_in_range])[None, :]
-    squares = jnp.sum(_load_squares(raw_squares_ref, row_in_range), axis=1)
-    inverse_rms = lax.rsqrt(squares / width + eps)
-    normed = _times_normed(raw.astype(jnp.float32) * inverse_rms[:, None], factors, raw.dtype)
-    out = (residual.astype(jnp.float32) + normed.astype(jnp.float32)).astype(residual.dtype)
-    _store(refs[0], (column[None, :],), out)
-    if scale_ref is not None:
-        _store_scaled(out, plt.load(scale_ref.at[column_in_range]), column, is_column, refs[1], refs[2])
-
-
-def _load_squares(squares_ref: Any, row_in_range: Array) -> Array:
-    """Each row's squares, summed over parts: float32 [ROWS, parts]."""
-    count = squares_ref.shape[1]
-    part = jnp.arange(pl.next_power_of_2(count))
-    is_part = jnp.broadcast_to(part < count, (ROWS, part.size))
-    return plt.load(squares_ref.at[row_in_range, jnp.minimum(part, count - 1)[None, :]], mask=is_part, other=0)
-
-
-def _store(ref: Any, index: tuple[Any, ...], values: Array) -> None:
-    """Store the rows that the output has."""
-    rows, row = ref.shape[0] - _spare(), jnp.arange(ROWS)[:, None]
-    store_row = jnp.minimum(row, ref.shape[0] - 1)
-    plt.store(ref.at[(store_row, *index)], values, mask=jnp.broadcast_to(row < rows, values.shape))
-
-
-def _in_range(column: Array, width: int) -> tuple[Array, Array | None]:
-    """The columns clamped to the matrix, and which of them lie inside it. Where the width is a multiple of the columns
-    nothing is clamped or masked (None): Triton would no longer see that columns are adjacent, and load them one by
-    one."""
-    return (column, None) if width % column.size == 0 else (jnp.minimum(column, width - 1), column < width)
+        store_scaled(out, scale, column, is_column, scaled_ref, squares_ref)
 
 
 def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None = None) -> list[Array]:
@@ -620,9 +380,9 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
     # what is needed after the loop is loaded before it
     squares, biases = None, []
     if eps is not None and x.squares_ref is not None:
-        squares = _load_squares(x.squares_ref, row_in_range)
+        squares = load_squares(x.squares_ref, row_in_range)
     for kernel_ref, bias_ref, column in parts:
-        column_in_range, _ = _in_range(column, kernel_ref.shape[1])
+        column_in_range, _ = in_range(column, kernel_ref.shape[1])
         biases.append(None if bias_ref is None else plt.load(bias_ref.at[column_in_range]))
 
     def multiply_block(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -634,7 +394,7 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
         )
         sums_after = []
         for total, (kernel_ref, _, column) in zip(sums, parts, strict=True):
-            column_in_range, is_column = _in_range(column, kernel_ref.shape[1])
+            column_in_range, is_column = in_range(column, kernel_ref.shape[1])
             tile = kernel_ref.at[feature_in_range[:, None], column_in_range[None, :]]
             if whole and is_column is None:
                 weights = plt.load(tile)

@@ -1,0 +1,92 @@
+"""What the kernels of a decode step's decoder layers share: the rows of the residual stream, loads and stores."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array
+
+from recyc_jax.kernels.gpu import triton_call
+
+ROWS = 16
+"""Rows of a tile that Triton multiplies; x has at most as many."""
+
+
+class Norm(NamedTuple):
+    """A norm's parameters."""
+
+    factors: Array  # [D]: what it multiplies by; float32 if it multiplies before it rounds
+    eps: float
+
+
+class Stream(NamedTuple):
+    """The residual stream between two products, with what the norm that follows needs."""
+
+    x: Array  # [B, 1, D]
+    scaled: Array | None = None  # [B, 1, D]: x times that norm's scale; None where no norm follows
+    squares: Array | None = None  # float32 [B, 1, P]: the squares of x, summed over P parts of D
+
+
+def spare() -> int:
+    """Spare rows at the end of an output: the interpreter writes where a store is masked, which must not be a live
+    row."""
+    return int(triton_call.INTERPRET)
+
+
+def times(x: Array, factors: Array) -> Array:
+    """x times the factors, in x's dtype; in float32 before it is rounded if the factors are float32."""
+    return x * factors if factors.dtype == x.dtype else (x.astype(jnp.float32) * factors).astype(x.dtype)
+
+
+def times_normed(normed: Array, factors: Array, dtype: Any) -> Array:
+    """What a norm has divided (float32) times its factors, in `dtype`; rounded before unless the factors are float32."""
+    return ((normed.astype(dtype) if factors.dtype == dtype else normed) * factors).astype(dtype)
+
+
+def store(ref: Any, index: tuple[Any, ...], values: Array) -> None:
+    """Store the rows that the output has."""
+    rows, row = ref.shape[0] - spare(), jnp.arange(ROWS)[:, None]
+    store_row = jnp.minimum(row, ref.shape[0] - 1)
+    plt.store(ref.at[(store_row, *index)], values, mask=jnp.broadcast_to(row < rows, values.shape))
+
+
+def store_in_cache(ref: Any, rows: int, index: tuple[Any, ...], values: Array) -> None:
+    """Store rows in the cache; one by one when interpreted, since a masked store would overwrite a live row there."""
+    if not triton_call.INTERPRET:
+        row = jnp.arange(ROWS)[:, None]
+        mask = jnp.broadcast_to(row < rows, values.shape)
+        plt.store(ref.at[(jnp.minimum(row, rows - 1), *index)], values, mask=mask)
+        return
+    for row in range(rows):
+        plt.store(ref.at[(jnp.int32(row), *index)], values[row : row + 1])
+
+
+def store_scaled(
+    out: Array, scale: Array, column: Array, is_column: Array | None, scaled_ref: Any, squares_ref: Any
+) -> None:
+    """Store what the norm that follows needs of some columns of the stream."""
+    store(scaled_ref, (column[None, :],), times(out, scale[None, :]))
+    wide = out.astype(jnp.float32)
+    if is_column is not None:
+        wide = jnp.where(is_column[None, :], wide, 0)
+    row, rows = jnp.arange(ROWS), squares_ref.shape[0] - spare()
+    store_row = jnp.minimum(row, squares_ref.shape[0] - 1)
+    plt.store(squares_ref.at[store_row, pl.program_id(0)], jnp.sum(wide * wide, axis=1), mask=row < rows)
+
+
+def load_squares(squares_ref: Any, row_in_range: Array) -> Array:
+    """Each row's squares, summed over parts: float32 [ROWS, parts]."""
+    count = squares_ref.shape[1]
+    part = jnp.arange(pl.next_power_of_2(count))
+    is_part = jnp.broadcast_to(part < count, (ROWS, part.size))
+    return plt.load(squares_ref.at[row_in_range, jnp.minimum(part, count - 1)[None, :]], mask=is_part, other=0)
+
+
+def in_range(column: Array, width: int) -> tuple[Array, Array | None]:
+    """The columns clamped to the matrix, and which of them lie inside it. Where the width is a multiple of the columns
+    nothing is clamped or masked (None): Triton would no longer see that columns are adjacent, and load them one by
+    one."""
+    return (column, None) if width % column.size == 0 else (jnp.minimum(column, width - 1), column < width)
