@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from recyc_jax.policies.base import Policy
     from recyc_jax.policies.full import FullAttention
     from recyc_jax.policies.h2o import H2O
+    from recyc_jax.policies.lookahead import Lookahead
+    from recyc_jax.policies.quest import Quest
     from recyc_jax.policies.recycled import RecycledAttention
     from recyc_jax.policies.registry import parse_policy
     from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
     from recyc_jax.policies.snapkv import SnapKV
     from recyc_jax.policies.streaming_llm import StreamingLLM
+    from recyc_jax.policies.top_k import TopK
     from recyc_jax.prefilling import Prefilled, prefill
     from recyc_jax.sampling import Greedy, Sample
     from recyc_jax.scoring import Scores, score, score_after
@@ -30,11 +33,14 @@ _PUBLIC = {
     "recyc_jax.policies.base": ("Policy",),
     "recyc_jax.policies.full": ("FullAttention",),
     "recyc_jax.policies.h2o": ("H2O",),
+    "recyc_jax.policies.lookahead": ("Lookahead",),
+    "recyc_jax.policies.quest": ("Quest",),
     "recyc_jax.policies.recycled": ("RecycledAttention",),
     "recyc_jax.policies.registry": ("parse_policy",),
     "recyc_jax.policies.schedules": ("FixedStride", "QuerySimilarity"),
     "recyc_jax.policies.snapkv": ("SnapKV",),
     "recyc_jax.policies.streaming_llm": ("StreamingLLM",),
+    "recyc_jax.policies.top_k": ("TopK",),
     "recyc_jax.prefilling": ("Prefilled", "prefill"),
     "recyc_jax.sampling": ("Greedy", "Sample"),
     "recyc_jax.scoring": ("Scores", "score", "score_after"),
@@ -50,16 +56,19 @@ __all__ = [
     "Generation",
     "Greedy",
     "LlamaConfig",
+    "Lookahead",
     "Policy",
     "Prefilled",
     "PretrainedLM",
     "QuerySimilarity",
+    "Quest",
     "RecycledAttention",
     "RopeScaling",
     "Sample",
     "Scores",
     "SnapKV",
     "StreamingLLM",
+    "TopK",
     "decode",
     "forward",
     "generate",

@@ -38,9 +38,13 @@ class Decoder:
     """A decoder that takes one token at a time and calls `read(layer, kv_head)` for the positions to attend to (None:
     all), in layers with full attention. Llama's, with norms of q and k, layers without RoPE and sliding windows.
 
-    It keeps values of the last token: `query[layer]` and `rotated_query[layer]`, the mean query over heads before and
-    after RoPE; `read_chances[layer][kv_head]`, log-probabilities [G, positions read]; and `all_chances`, those of the
-    same queries over all positions, whichever were read. `query` and `rotated_query` are set before `read` is called.
+    `rest[layer, kv_head]`, where it is set, lists for each query head of the group a key, a value and a bias: one more
+    token that the query attends to.
+
+    It keeps values of the last token: `query[layer]` and `rotated_query[layer]`, the mean query over heads before
+    and after RoPE, and `queries[layer]`, each head's query after RoPE; `read_chances[layer][kv_head]`, log-
+    probabilities [G, positions read]; and `all_chances`, those of the same queries over all positions, whichever
+    were read. `query` and `rotated_query` are set before `read` is called.
     """
 
     def __init__(self, params, config):
@@ -52,6 +56,8 @@ class Decoder:
         self.keys = [[[] for _ in range(config.num_key_value_heads)] for _ in range(config.num_hidden_layers)]
         self.values = [[[] for _ in range(config.num_key_value_heads)] for _ in range(config.num_hidden_layers)]
         self.position = 0
+        self.rest = {}
+        self.queries = {}
 
     def feed(self, token, read):
         """The logits [V] after `token`."""
@@ -67,6 +73,7 @@ class Decoder:
             q, k, v = (self._project(block["attention"], name, h) for name in "qkv")
             turns = 0 if layer in c.layers_without_rope else self.inverse_frequencies
             rotated = [_rotate(one, self.position, turns) for one in q]
+            self.queries[layer] = rotated
             self.query[layer], self.rotated_query[layer] = np.mean(q, axis=0), np.mean(rotated, axis=0)
             out = np.zeros((c.num_attention_heads, c.head_dim))
             for kv_head in kv_heads:
@@ -82,6 +89,11 @@ class Decoder:
                 self.all_chances[layer][kv_head] = np.array([_log_softmax(row) for row in logits])
                 self.read_chances[layer][kv_head] = np.array([_log_softmax(row[positions]) for row in logits])
                 out[list(heads)] = np.exp(self.read_chances[layer][kv_head]) @ values[positions]
+                if (layer, kv_head) in self.rest and positions is not everything:
+                    for head, row, (key, value, bias) in zip(heads, logits, self.rest[layer, kv_head], strict=True):
+                        one_more = key @ rotated[head] / np.sqrt(c.head_dim) + bias
+                        chances = np.exp(_log_softmax(np.append(row[positions], one_more)))
+                        out[head] = chances[:-1] @ values[positions] + chances[-1] * value
             x = x + out.reshape(-1) @ block["attention"]["o_proj"]["kernel"]
             h = _rms(x, block["mlp_norm"]["scale"], c.rms_norm_eps)
             gate, up = h @ block["mlp"]["gate_proj"]["kernel"], h @ block["mlp"]["up_proj"]["kernel"]
@@ -321,6 +333,86 @@ class Recycled(SnapKV):
                     before = self.chosen_by[layer, head]
                     scores[: len(before)] = np.maximum(scores[: len(before)], before - self.decay)
                 self._select((layer, head), scores)
+
+
+class Lookahead(Recycled):
+    """Recycled attention with look-ahead and memory, where one token stands for those that are not kept."""
+
+    def __init__(self, config, budget, stride, lookahead="auto", window=32, decay=1.0, pool=7, remainder=True):
+        if lookahead == "auto":
+            lookahead = max(stride - 1, 24)
+        super().__init__(config, budget, stride, pool=pool, lookahead=lookahead, window=window, decay=decay)
+        self.remainder = remainder
+
+    def start(self, decoder):
+        super().start(decoder)
+        self._represent_rest(decoder)
+
+    def after(self, decoder, step):
+        super().after(decoder, step)
+        if step % self.stride == 0:
+            self._represent_rest(decoder)
+
+    def _represent_rest(self, decoder):
+        """The rest under the queries of the last token: its mean key and value, and a bias that makes it exact."""
+        decoder.rest = {}
+        for layer, head in self.places if self.remainder else ():
+            left_out = [at for at in range(decoder.position) if at not in self.ranked[layer, head]]
+            keys, values = (np.array(of[layer][head])[left_out] for of in (decoder.keys, decoder.values))
+            groups = self.c.num_attention_heads // self.c.num_key_value_heads
+            for query in decoder.queries[layer][head * groups : (head + 1) * groups] if left_out else ():
+                logits = keys @ query / np.sqrt(self.c.head_dim)
+                total, chances = np.logaddexp.reduce(logits), np.exp(_log_softmax(logits))
+                key = chances @ keys
+                bias = total - key @ query / np.sqrt(self.c.head_dim)
+                decoder.rest.setdefault((layer, head), []).append((key, chances @ values, bias))
+
+
+class TopK(Method):
+    """The tokens with the most attention in this very step."""
+
+    def __init__(self, config, budget):
+        super().__init__(config)
+        self.budget = budget
+
+    def is_full(self, step, layer):
+        return False
+
+    def read(self, decoder, step, layer, head):
+        groups = self.c.num_attention_heads // self.c.num_key_value_heads
+        keys = np.array(decoder.keys[layer][head])
+        queries = decoder.queries[layer][head * groups : (head + 1) * groups]
+        scores = np.max([_log_softmax(keys @ query / np.sqrt(self.c.head_dim)) for query in queries], axis=0)
+        positions, gap = _rank(list(scores), 1, self.budget, 0)
+        self.gap = min(self.gap, gap)
+        return positions
+
+
+class Quest(Method):
+    """The pages whose keys' smallest and largest coordinates allow the largest product with the query."""
+
+    def __init__(self, config, budget, page=16, dense_layers=2):
+        super().__init__(config)
+        self.pages, self.page, self.dense = budget // page, page, self.layers[:dense_layers]
+
+    def is_full(self, step, layer):
+        return layer in self.dense
+
+    def read(self, decoder, step, layer, head):
+        if layer in self.dense:
+            return None
+        groups = self.c.num_attention_heads // self.c.num_key_value_heads
+        keys = np.array(decoder.keys[layer][head])
+        queries = decoder.queries[layer][head * groups : (head + 1) * groups]
+        pages = [range(at, min(at + self.page, len(keys))) for at in range(0, len(keys), self.page)]
+        bounds = []
+        for page in pages:
+            low, high = keys[list(page)].min(axis=0), keys[list(page)].max(axis=0)
+            bounds.append(max(np.sum(np.maximum(query * low, query * high)) for query in queries))
+        bounds[-1] = 1e9
+        best, gap = _rank(bounds, 1, self.pages, 0)
+        self.gap = min(self.gap, gap)
+        return [at for number in best for at in pages[number]]
 
 
 def run(params, config, prompt, method, new_tokens):

@@ -25,8 +25,12 @@ STRINGS = (
     "h2o:budget=5,full_stride=3",
     "streaming_llm:budget=6",
     "streaming_llm:budget=6,sinks=2,full_stride=3",
+    "lookahead:budget=5,stride=4,lookahead=2,window=8,pool=1",
+    "lookahead:budget=5,stride=4,lookahead=2,remainder=false",
+    "quest:budget=8,page=4,dense_layers=0",
+    "top_k:budget=3",
 )
-VARIANTS = (4, 5, 6, 9, 15)
+VARIANTS = (4, 5, 6, 9, 15, 17)
 """Strings whose options other strings have too, one by one: their laws run under `-m slow`."""
 every_policy = pytest.mark.parametrize(
     "policy",

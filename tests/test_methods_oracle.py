@@ -27,7 +27,20 @@ def recycled(budget, schedule, **options):
     )
 
 
+def lookahead(**options):
+    return rj.Lookahead(**options), (oracle.Lookahead, options)
+
+
 CASES = {
+    "lookahead": lookahead(budget=7, stride=4, lookahead=2, window=6, pool=1),
+    "lookahead by default": lookahead(budget=9, stride=5),
+    "lookahead at every step": lookahead(budget=3, stride=1),
+    "lookahead, least": lookahead(budget=1, stride=3, pool=1),
+    "lookahead, more than the prompt": lookahead(budget=20, stride=6),
+    "lookahead without the rest": lookahead(budget=6, stride=4, lookahead=2, window=6, pool=1, remainder=False),
+    "top_k": (rj.TopK(3), (oracle.TopK, dict(budget=3))),
+    "quest": (rj.Quest(8, 4, 1), (oracle.Quest, dict(budget=8, page=4, dense_layers=1))),
+    "quest, small pages": (rj.Quest(3, 1, 0), (oracle.Quest, dict(budget=3, page=1, dense_layers=0))),
     "streaming_llm": (rj.StreamingLLM(6, sinks=2), (oracle.StreamingLLM, dict(budget=6, sinks=2))),
     "streaming_llm without sinks": (rj.StreamingLLM(3, sinks=0), (oracle.StreamingLLM, dict(budget=3, sinks=0))),
     "streaming_llm, many sinks": (rj.StreamingLLM(20, sinks=18), (oracle.StreamingLLM, dict(budget=20, sinks=18))),
@@ -95,6 +108,8 @@ def test_a_method_equals_its_reference(model, name):
         here, trace = check(model, policy, reference, prompt)
         sure += here
     assert sure >= 2 * NEW  # near ties are rare, so most tokens are compared
+    if name == "lookahead at every step":
+        return
     # the method makes a difference: full attention generates other tokens
     full = oracle.run(*model, prompt, oracle.Full(model[1]), NEW)
     assert trace.tokens != full.tokens
@@ -122,7 +137,7 @@ def test_some_dynamic_decisions_go_either_way(model):
     length=st.sampled_from((1, 2, 9, 24)),
     budget=st.integers(2, 40),
     seed=st.integers(0, 10**6),
-    kind=st.sampled_from(("streaming_llm", "h2o", "snapkv", "dynamic", "fixed")),
+    kind=st.sampled_from(("streaming_llm", "h2o", "snapkv", "dynamic", "fixed", "lookahead", "top_k", "quest")),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_far_and_wide(model, data, length, budget, seed, kind):
@@ -136,6 +151,14 @@ def test_far_and_wide(model, data, length, budget, seed, kind):
     elif kind == "snapkv":
         options = dict(budget=budget, window=some(1, 3, 16), pool=some(1, 3, 7), lookahead=some(0, 4))
         policy, reference = rj.SnapKV(**options), (oracle.SnapKV, options)
+    elif kind == "lookahead":
+        options = dict(budget=budget, stride=some(1, 3, 30), lookahead=some(0, 3, "auto"), window=some(1, 5, 32))
+        policy, reference = lookahead(**options, decay=some(0.0, 1.0), pool=some(1, 7))
+    elif kind == "top_k":
+        policy, reference = rj.TopK(budget), (oracle.TopK, dict(budget=budget))
+    elif kind == "quest":
+        options = dict(budget=budget, page=some(1, 2), dense_layers=some(0, 1, 9))
+        policy, reference = rj.Quest(**options), (oracle.Quest, options)
     else:
         options = dict(pool=some(1, 7), lookahead=some(0, 2, "auto"), evict=some(True, False))
         options |= dict(window=some(1, 5), decay=some(None, 0.0, 1.0))

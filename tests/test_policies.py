@@ -25,6 +25,14 @@ def test_strings_name_policies():
     assert rj.parse_policy("recycled:budget=8,stride=5,window=32,decay=1") == rj.RecycledAttention(
         8, rj.FixedStride(5), window=32, decay=1.0
     )
+    assert rj.parse_policy("lookahead") == rj.Lookahead(budget=1024, stride=50)
+    assert rj.parse_policy("lookahead:budget=0.25,stride=10", 4096) == rj.Lookahead(1024, 10)
+    assert rj.parse_policy(
+        "lookahead:budget=512,stride=10,lookahead=9,window=1,decay=0,pool=1,remainder=false"
+    ) == rj.Lookahead(512, 10, 9, 1, 0.0, 1, False)
+    assert rj.parse_policy("lookahead:lookahead=auto") == rj.Lookahead()
+    assert rj.parse_policy("quest:budget=0.5,page=4,dense_layers=0", 100) == rj.Quest(50, 4, 0)
+    assert rj.parse_policy("top_k:budget=512") == rj.TopK(512)
     assert rj.parse_policy("snapkv:budget=0.5,window=16,pool=5,lookahead=9", 100) == rj.SnapKV(50, 16, 5, 9)
     assert rj.parse_policy("h2o:budget=512") == rj.H2O(512)
     assert rj.parse_policy("h2o:budget=512,full_stride=10") == rj.H2O(512, full_stride=10)
@@ -41,7 +49,7 @@ def test_strings_name_policies():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "'magic' is unknown; there is full, recycled, snapkv, h2o, streaming_llm"),
+        ("magic", "'magic' is unknown; there is full, lookahead, recycled, snapkv, h2o, streaming_llm, quest, top_k"),
         ("", "'' is unknown"),
         ("full:budget=3", "full has no option budget"),
         ("recycled", "needs budget"),
@@ -71,6 +79,14 @@ def test_strings_name_policies():
         ("recycled:budget=8,stride=2,decay=-1", "decay=-1 must lie in 0..inf"),
         ("recycled:budget=8,stride=2,decay=x", "decay=x is not a number"),
         ("recycled:budget=8,stride=2,window=0", "window=0 must be at least 1"),
+        ("lookahead:budget=0", "budget=0 must be at least 1"),
+        ("lookahead:stride=0", "stride=0 must be at least 1"),
+        ("lookahead:lookahead=far", "lookahead=far is not a whole number"),
+        ("lookahead:decay=-1", "decay=-1 must lie in"),
+        ("lookahead:remainder=maybe", "remainder=maybe is neither true nor false"),
+        ("quest:budget=8", "budget=8 must be at least page=16"),
+        ("quest:budget=8,page=0", "page=0 must be at least 1"),
+        ("top_k", "needs budget"),
         ("snapkv:budget=8,lookahead=auto", "lookahead=auto is not a whole number"),
         ("snapkv:budget=8,window=0", "window=0 must be at least 1"),
         ("snapkv:budget=8,pool=2", "pool=2 must be odd"),

@@ -19,7 +19,7 @@ class Config:
     model: str = "smollm2-135m"
     """Hub id, folder in Hugging Face layout, .gguf file, or smollm2-135m."""
     tasks: str = DEFAULT_TASKS
-    """Comma-separated task names, or all (13)."""
+    """Comma-separated task names, all (RULER's 13) or long (ours, with answers of some hundred tokens)."""
     lengths: str = "1024"
     """Comma-separated total lengths (prompt and answer) in tokens."""
     samples: int = 6
@@ -61,12 +61,13 @@ class Config:
 def check(config: Config, known: command_line.KnownPolicies = None) -> tuple[list[str], list[int]]:
     """The tasks and lengths that the flags name. Raises ValueError, naming the flag, for errors that can be found
     without a model."""
-    from eval.ruler.tasks.registry import TASKS
+    from eval.ruler.tasks.registry import LONG_TASKS, RULER_TASKS, TASKS
 
-    tasks = list(TASKS) if config.tasks == "all" else command_line.split("--tasks", config.tasks)
+    groups = {"all": list(RULER_TASKS), "long": list(LONG_TASKS)}
+    tasks = groups.get(config.tasks) or command_line.split("--tasks", config.tasks)
     for task in tasks:
         if task not in TASKS:
-            raise ValueError(f"--tasks: {task!r} is unknown; there is {', '.join(TASKS)} (or all)")
+            raise ValueError(f"--tasks: {task!r} is unknown; there is {', '.join(TASKS)} (or all, or long)")
     lengths = command_line.lengths(config.lengths)
     command_line.check_counts(samples=config.samples, batch_size=config.batch_size)
     command_line.check_policies(config.policies, lengths, known)

@@ -13,6 +13,7 @@ from eval.ruler import scoring
 from eval.ruler.cells import Cell, prompt_ids
 from eval.ruler.config import Config
 from recyc_jax.commands import command_line, hosts, run_log
+from recyc_jax.commands.compiling import Decoders
 from recyc_jax.commands.run_log import Row, RunLog
 from recyc_jax.policies.registry import POLICIES
 
@@ -40,17 +41,19 @@ def batches(config: Config, cells: list[Cell], log: RunLog) -> Iterator[Batch]:
 def evaluate(lm: rj.PretrainedLM, todo: list[Batch], log: RunLog, known: command_line.KnownPolicies) -> None:
     """Decode all batches; samples are logged after each batch and policy."""
     total = sum(len(batch.policies) * len(batch.samples) for batch in todo)
-    with command_line.progress() as progress:
+    with command_line.progress() as progress, Decoders() as decoders:
         bar = progress.add_task("evaluating", total=total)
         for batch in todo:
             progress.update(bar, description=f"{batch.samples[0][0].length} tokens")
-            for rows in _decode_batch(lm, batch, known):
+            for rows in _decode_batch(lm, batch, known, decoders):
                 log.append(rows)
                 progress.advance(bar, len(rows))
                 command_line.heed_interrupt()
 
 
-def _decode_batch(lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPolicies) -> Iterator[list[Row]]:
+def _decode_batch(
+    lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPolicies, decoders: Decoders
+) -> Iterator[list[Row]]:
     """The result rows of the batch under each policy in turn: one prefill, then one decode per policy."""
     cells = [cell for cell, _ in batch.samples]
     samples = [cell.sample(index) for cell, index in batch.samples]
@@ -71,9 +74,10 @@ def _decode_batch(lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPo
         allow_beyond_context=True,  # `command_line.check_context` has checked it
     )
     state.logits.block_until_ready()
+    decoders.prepare(lm, state, chosen)
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
-        out, state = rj.decode(lm.params, lm.config, state, policy=policy)
+        out, state = decoders.decode(lm, state, policy)
         made, counts, full_steps = (hosts.fetched(field) for field in out)
         seconds = (time.perf_counter() - began) / len(samples)
         rows = []

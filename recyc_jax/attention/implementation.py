@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import reference, selection
 from recyc_jax.attention.kept import KeptSlots
+from recyc_jax.attention.remainder import Moments
 from recyc_jax.cache import LayerCache
 from recyc_jax.config import LlamaConfig
 
@@ -88,6 +90,19 @@ class Implementation:
         """`full`, and the log-probability of each visible slot under each query head, float32; other slots hold
         anything. Only the results of `rows` (None: all rows) are needed."""
         return reference.full_with_log_probabilities(q, cached.keys, cached.values, visible)
+
+    def full_with_moments(
+        self, q: Float[Array, "B N H"], cached: LayerCache, visible: Bool[Array, "B S"], length: Int[Array, ""]
+    ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"], Moments]:
+        """`full_with_log_probabilities`, and the moments of attention to every visible slot, with keys. `length` slots
+        are written, and the last one is visible in every row."""
+        out, log_probabilities = self.full_with_log_probabilities(q, cached, visible)
+        weights = jnp.where(visible[:, None, None], jnp.exp(log_probabilities), 0)
+        newest_key = lax.dynamic_slice_in_dim(cached.keys, length - 1, 1, axis=2)
+        logit = reference.masked_logits(q, newest_key, jnp.ones((q.shape[0], 1, 1), jnp.bool_))
+        lse = logit - lax.dynamic_slice_in_dim(log_probabilities, length - 1, 1, axis=3)
+        key, value = (reference.mean_under(weights, side) for side in (cached.keys, cached.values))
+        return out, log_probabilities, Moments(lse[..., 0], value, key)
 
     # --- a decode step, full or partial
 

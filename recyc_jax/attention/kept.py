@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import reference
+from recyc_jax.attention.remainder import Moments
 from recyc_jax.cache import LayerCache, Leaf
 
 
@@ -61,15 +62,24 @@ class KeptSlots:
     ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G R"], Float[Array, "B K G W"]]:
         """`attend`, the log-probability of each entry of the set, and that of each of the newest W = `reads.most`
         slots, in the order of slots; -inf for what is not read."""
+        slots = self._read_slots(reads)
+        out, log_probabilities = reference.selected(q, cached.keys, cached.values, slots)
+        log_probabilities = jnp.where(slots[:, :, None] >= 0, log_probabilities, -jnp.inf)
+        return out, log_probabilities[..., : self.size], log_probabilities[..., self.size :]
+
+    def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
+        """`attend`, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
+        piece = reference.listed(cached.keys, cached.values, self._read_slots(reads))
+        return reference.moments(q, [piece], with_key)
+
+    def _read_slots(self, reads: Reads) -> Int[Array, "B K R"]:
+        """The slots that `reads` names, -1 in places of none: those of the set's entries, then the newest W."""
         remaining, first = reads.remaining(self.size)
         remains = (jnp.arange(self.size, dtype=jnp.int32) < remaining[:, None, None]) & (self.slots < reads.length)
         newest_slots = reads.length - reads.most + jnp.arange(reads.most, dtype=jnp.int32)
         is_new = (newest_slots >= first[:, None]) & (newest_slots >= 0)
         new = jnp.broadcast_to(jnp.where(is_new, newest_slots, -1)[:, None], (*self.slots.shape[:2], reads.most))
-        slots = jnp.concatenate([jnp.where(remains, self.slots, -1), new], axis=2)
-        out, log_probabilities = reference.selected(q, cached.keys, cached.values, slots)
-        log_probabilities = jnp.where(slots[:, :, None] >= 0, log_probabilities, -jnp.inf)
-        return out, log_probabilities[..., : self.size], log_probabilities[..., self.size :]
+        return jnp.concatenate([jnp.where(remains, self.slots, -1), new], axis=2)
 
     def replaced(self, cached: LayerCache, entries: Bool[Array, "B K R"], slot: Int[Array, ""]) -> KeptSlots:
         """The set with `slot` in place of the marked entries."""

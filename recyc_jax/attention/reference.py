@@ -16,6 +16,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax.attention.remainder import Moments
+
 MASKED = float(jnp.finfo(jnp.float32).min)
 
 
@@ -89,6 +91,33 @@ def full_with_log_probabilities(
     return weighted_values(logits, values, q), log_softmax(logits)
 
 
+def mean_under(weights: Float[Array, "B K G S"], side: Float[Array, "B K S H"]) -> Float[Array, "B K G H"]:
+    """The sum of keys or values by float32 weights, in float32. Halves of 16 bits are multiplied as they are: the
+    weights are split into a part of as many bits and what that rounds off."""
+    if side.dtype.itemsize > 2:
+        return jnp.einsum("bkgs,bksh->bkgh", weights, side, preferred_element_type=jnp.float32)
+    coarse = weights.astype(side.dtype)
+    fine = (weights - coarse.astype(jnp.float32)).astype(side.dtype)
+    return sum(jnp.einsum("bkgs,bksh->bkgh", part, side, preferred_element_type=jnp.float32) for part in (coarse, fine))
+
+
+def moments(
+    q: Float[Array, "B N H"],
+    pieces: Sequence[tuple[Array, Array, Array]],
+    with_key: bool,
+) -> Moments:
+    """Attention of one query per row over several pieces of a cache as one softmax (`over_pieces`), with its logsumexp,
+    and the mean of the keys if asked for."""
+    logits = jnp.concatenate([masked_logits(q, keys, visible) for keys, _, visible in pieces], axis=-1)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - lse[..., None])
+    ends = np.cumsum([keys.shape[2] for keys, _, _ in pieces])
+    parts = jnp.split(weights, ends[:-1], axis=-1)
+    value = sum(mean_under(part, values) for part, (_, values, _) in zip(parts, pieces, strict=True))
+    key = sum(mean_under(part, keys) for part, (keys, _, _) in zip(parts, pieces, strict=True)) if with_key else None
+    return Moments(lse, value, key)
+
+
 def window_scores(
     q: Float[Array, "B W N H"],
     keys: Float[Array, "B K S H"],
@@ -114,6 +143,15 @@ def window_scores(
     return jnp.max(lax.fori_loop(0, window, add, total), axis=2)
 
 
+def listed(
+    keys: Float[Array, "B K S H"], values: Float[Array, "B K S H"], slots: Int[Array, "B K R"]
+) -> tuple[Float[Array, "B K R H"], Float[Array, "B K R H"], Bool[Array, "B K R"]]:
+    """The slots listed for each key/value head as a piece of a cache, gathered by index; -1 lists nothing."""
+    index = jnp.maximum(slots, 0)[..., None]
+    keys, values = (jnp.take_along_axis(side, index, axis=2, mode="clip") for side in (keys, values))
+    return keys, values, slots >= 0
+
+
 def selected(
     q: Float[Array, "B N H"],
     keys: Float[Array, "B K S H"],
@@ -122,10 +160,8 @@ def selected(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G R"]]:
     """One query per row over the slots listed for each key/value head, gathered by index (-1 lists nothing), and the
     log-probability of each listed slot under each query head."""
-    index = jnp.maximum(slots, 0)[..., None]
-    listed_keys = jnp.take_along_axis(keys, index, axis=2, mode="clip")
-    listed_values = jnp.take_along_axis(values, index, axis=2, mode="clip")
-    logits = masked_logits(q, listed_keys, slots >= 0)
+    listed_keys, listed_values, is_listed = listed(keys, values, slots)
+    logits = masked_logits(q, listed_keys, is_listed)
     return weighted_values(logits, listed_values, q), log_softmax(logits)
 
 

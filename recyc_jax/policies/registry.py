@@ -10,10 +10,13 @@ from recyc_jax.policies.ablations import variant
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.h2o import H2O
+from recyc_jax.policies.lookahead import Lookahead
+from recyc_jax.policies.quest import Quest
 from recyc_jax.policies.recycled import RecycledAttention
 from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
 from recyc_jax.policies.snapkv import SnapKV
 from recyc_jax.policies.streaming_llm import StreamingLLM
+from recyc_jax.policies.top_k import TopK
 
 
 class Options:
@@ -47,8 +50,8 @@ class Options:
     def optional_number(self, key: str) -> float | None:
         return self.number(key) if key in self.values else None
 
-    def number(self, key: str) -> float:
-        value = self.values.pop(key, None)
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.pop(key, default)
         if value is None:
             raise ValueError(f"policy {self.text!r} needs {key}=...")
         try:
@@ -65,10 +68,11 @@ class Options:
     def text_of(self, key: str) -> str | None:
         return self.values.pop(key, None)
 
-    def lookahead(self) -> int | Literal["auto"]:
-        """The number of tokens, or "auto"; 0 if the option is not given."""
-        if self.values.get("lookahead") == "auto":
-            del self.values["lookahead"]
+    def lookahead(self, default: int | Literal["auto"] = 0) -> int | Literal["auto"]:
+        """The number of tokens, or "auto"; `default` if the option is not given."""
+        value = self.values.get("lookahead", default)
+        if value == "auto":
+            self.values.pop("lookahead", None)
             return "auto"
         return self.integer("lookahead", 0)
 
@@ -80,12 +84,12 @@ class Options:
             raise ValueError(f"policy {self.text!r}: stride goes with neither check_every nor threshold")
         return QuerySimilarity(self.integer("check_every"), self.number("threshold"), rope=self.truth("rope", False))
 
-    def budget(self) -> int:
+    def budget(self, default: int | None = None) -> int:
         """The entries that a step reads; with a decimal point, a fraction of the total length (rounded down, at least
         1 entry)."""
         value = self.values.get("budget", "")
         if "." not in value:
-            return self.integer("budget")
+            return self.integer("budget", default)
         del self.values["budget"]
         try:
             fraction = Fraction(value)  # exact: 0.29 * 100 is 29, but less than 29 in binary floats
@@ -100,6 +104,19 @@ class Options:
 
 def _full(options: Options) -> Policy:
     return FullAttention()
+
+
+def _lookahead(options: Options) -> Policy:
+    defaults = Lookahead()
+    return Lookahead(
+        budget=options.budget(defaults.budget),
+        stride=options.integer("stride", defaults.stride),
+        lookahead=options.lookahead(defaults.lookahead),
+        window=options.integer("window", defaults.window),
+        decay=options.number("decay", defaults.decay),
+        pool=options.integer("pool", defaults.pool),
+        remainder=options.truth("remainder", defaults.remainder),
+    )
 
 
 def _recycled(options: Options) -> Policy:
@@ -128,14 +145,25 @@ def _snapkv(options: Options) -> Policy:
     return SnapKV(options.budget(), integer("window", 1), integer("pool", 7), integer("lookahead", 0))
 
 
+def _quest(options: Options) -> Policy:
+    return Quest(options.budget(), options.integer("page", 16), options.integer("dense_layers", 2))
+
+
+def _top_k(options: Options) -> Policy:
+    return TopK(options.budget())
+
+
 MakePolicy = Callable[[Options], Policy]
 
 POLICIES: dict[str, MakePolicy] = {
     "full": _full,
+    "lookahead": _lookahead,
     "recycled": _recycled,
     "snapkv": _snapkv,
     "h2o": _h2o,
     "streaming_llm": _streaming_llm,
+    "quest": _quest,
+    "top_k": _top_k,
 }
 
 

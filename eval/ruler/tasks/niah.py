@@ -50,8 +50,13 @@ class Niah(Task):
 
     def __init__(self, name: str, material: Material, prompting: Prompting, length: int, seed: int) -> None:
         super().__init__(name, material, prompting, length, seed)
-        self.kind = KINDS[name]
+        self.kind = self.kind_of(name)
         self._sentences = functools.lru_cache(maxsize=4)(self._split)
+
+    @classmethod
+    def kind_of(cls, name: str) -> Kind:
+        """The parameters of the task of that name."""
+        return KINDS[name]
 
     @property
     def step(self) -> int:
@@ -77,9 +82,13 @@ class Niah(Task):
             template, prefix, plural = _singular(template), _singular(prefix), plural[:-1]
         return Draft(
             template.format(type=plural, context=context, query=query),
-            prefix.format(type=plural, query=query),
+            self.answer_prefix(prefix, plural, query, asked),
             tuple(value for key in asked for value in values[key]),
         )
+
+    def answer_prefix(self, prefix: str, plural: str, query: str, asked: list[str]) -> str:
+        """The beginning of the answer. `asked` are the keys, in the order of the question."""
+        return prefix.format(type=plural, query=query)
 
     def _needle(self, key: str, value: str) -> str:
         return NEEDLE.format(type=self.kind.values, key=key, value=value)

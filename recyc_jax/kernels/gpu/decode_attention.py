@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recyc_jax import sharding
 from recyc_jax.attention.kept import Reads
 from recyc_jax.attention.reference import MASKED
+from recyc_jax.attention.remainder import Moments
 from recyc_jax.kernels.gpu import triton_call
 
 LEAST = 16
@@ -45,6 +46,10 @@ IN_FLIGHT = 2**17
 """The most bytes of keys and values that a program has in flight: A100 and H100 have room for a little more."""
 
 
+_Running = tuple[Array, Array, tuple[Array, ...]]
+"""A running softmax: the peak, the total, and the weighted sums of values, and of keys if they are asked for."""
+
+
 def _power(size: int) -> int:
     return max(LEAST, pl.next_power_of_2(size))
 
@@ -56,7 +61,7 @@ def full(
     visible: Bool[Array, "B S"],
 ) -> Float[Array, "B N H"]:
     """As `reference.full`; every slot is read once."""
-    return _attend(q, keys, values, visible.astype(jnp.int8))[0]
+    return _attend(q, keys, values, visible.astype(jnp.int8)).out
 
 
 def full_with_log_probabilities(
@@ -68,9 +73,21 @@ def full_with_log_probabilities(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
     """As `reference.full_with_log_probabilities`. The pass that makes the output also writes the logits, 4 bytes per
     slot and query head. Rows outside of `rows` (None: all rows count) read nothing."""
-    out, normaliser, logits = _attend(q, keys, values, visible.astype(jnp.int8), with_logits=True, rows=rows)
-    assert logits is not None
-    return out, logits - normaliser[..., None]
+    seen = _attend(q, keys, values, visible.astype(jnp.int8), with_logits=True, rows=rows)
+    assert seen.logits is not None
+    return seen.out, seen.logits - seen.normaliser[..., None]
+
+
+def full_with_moments(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"], Moments]:
+    """`full_with_log_probabilities`, and the moments of the attention, with keys, from the same pass over the cache."""
+    seen = _attend(q, keys, values, visible.astype(jnp.int8), with_logits=True, with_key=True, unrounded=True)
+    assert seen.logits is not None
+    return seen.out.astype(q.dtype), seen.logits - seen.normaliser[..., None], _moments(seen)
 
 
 def kept(
@@ -84,7 +101,36 @@ def kept(
     """One query per row over what `reads` names of the listed slots (-1 lists nothing) and of the newest ones. Rows
     that are not in `rows` (None: no row) read nothing."""
     newest = (reads.first, jnp.reshape(reads.length, 1))
-    return _attend(q, keys, values, slots, newest, reads.most, reads.replacing, rows=rows)[0]
+    return _attend(q, keys, values, slots, newest, reads.most, reads.replacing, rows=rows).out
+
+
+def kept_moments(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    slots: Int[Array, "B K R"],
+    reads: Reads,
+    with_key: bool,
+) -> Moments:
+    """`kept` of all rows, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
+    newest = (reads.first, jnp.reshape(reads.length, 1))
+    return _moments(
+        _attend(q, keys, values, slots, newest, reads.most, reads.replacing, with_key=with_key, unrounded=True)
+    )
+
+
+class _Seen(NamedTuple):
+    """The results of one pass."""
+
+    out: Array  # [B, N, H]
+    normaliser: Array  # [B, K, G]: the logsumexp
+    key: Array | None  # [B, N, H], float32: the mean of the keys
+    logits: Array | None  # [B, K, G, S]
+
+
+def _moments(seen: _Seen) -> Moments:
+    shape = (*seen.normaliser.shape, seen.out.shape[-1])
+    return Moments(seen.normaliser, seen.out.reshape(shape), None if seen.key is None else seen.key.reshape(shape))
 
 
 def _attend(
@@ -96,21 +142,26 @@ def _attend(
     most: int = 0,
     replacing: bool = False,
     with_logits: bool = False,
+    with_key: bool = False,
+    unrounded: bool = False,
     rows: Bool[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B K G"], Float[Array, "B K G S"] | None]:
-    """The output, the logsumexp of each query head, and the logits if asked for.
+) -> _Seen:
+    """The output (`unrounded`: in float32), the logsumexp of each query head, and if asked for the mean of the keys and
+    the logits.
 
     Without `newest`, `slots` says of each slot of the cache whether it is visible. With `newest`, which are `first` and
     `length` of `Reads`, it lists the slots of a kept set. Of rows that are not in `rows` the results are undefined.
     """
     asked = () if rows is None else (rows.astype(jnp.int32),)
     inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if newest else ("B-",)), *(("B",) if asked else ()))
-    outputs = ("BK-", "BK-", "BK--" if with_logits else None)
+    outputs = _Seen("BK-", "BK-", "BK-" if with_key else None, "BK--" if with_logits else None)
     local = functools.partial(
         _attend_on_device,
         most=most,
         replacing=replacing,
         with_logits=with_logits,
+        with_key=with_key,
+        unrounded=unrounded,
         is_kept_set=bool(newest),
         has_rows=bool(asked),
     )
@@ -126,9 +177,11 @@ def _attend_on_device(
     most: int,
     replacing: bool,
     with_logits: bool,
+    with_key: bool,
+    unrounded: bool,
     is_kept_set: bool,
     has_rows: bool,
-) -> tuple[Array, Array, Array | None]:
+) -> _Seen:
     """`_attend` on one device's share of rows and heads."""
     batch, heads, dim = q.shape
     kv_heads = keys.shape[1]
@@ -146,15 +199,15 @@ def _attend_on_device(
     group_rows, lanes = (size + (size < _power(size)) for size in (groups, dim))
     parts = (batch, kv_heads, programs, group_rows)
     shapes = [
-        jax.ShapeDtypeStruct((*parts, lanes), jnp.float32),
         jax.ShapeDtypeStruct(parts, jnp.float32),
         jax.ShapeDtypeStruct(parts, jnp.float32),
+        *[jax.ShapeDtypeStruct((*parts, lanes), jnp.float32)] * (1 + with_key),
     ]
     if with_logits:
         padded = programs * share * split.block
         shapes.append(jax.ShapeDtypeStruct((batch, kv_heads, group_rows, padded), jnp.float32))
     moved = batch * kv_heads * count * dim * (keys.dtype.itemsize + values.dtype.itemsize)
-    outs, peaks, totals, *padded_logits = triton_call.call(
+    peaks, totals, *rest = triton_call.call(
         _attend_part,
         [*newest_and_rows, q.reshape(batch, kv_heads, groups, dim), keys, values, slots],
         shapes,
@@ -171,10 +224,13 @@ def _attend_on_device(
         is_kept_set=is_kept_set,
         has_rows=has_rows,
         replacing=replacing,
+        with_key=with_key,
     )
-    logits = padded_logits[0][:, :, :groups, :count] if with_logits else None
-    out, normaliser = _merge(outs, peaks, totals, groups, dim, q.dtype)
-    return out.reshape(q.shape), normaliser, logits
+    logits = rest.pop()[:, :, :groups, :count] if with_logits else None
+    dtype = jnp.dtype(jnp.float32) if unrounded else q.dtype
+    sides = [_merge(side, peaks, totals, groups, dim, dtype) for side in rest]
+    (out, normaliser), key = sides[0], sides[1][0].reshape(q.shape) if with_key else None
+    return _Seen(out.reshape(q.shape), normaliser, key, logits)
 
 
 def _merge(outs: Array, peaks: Array, totals: Array, groups: int, dim: int, dtype: Any) -> tuple[Array, Array]:
@@ -215,14 +271,22 @@ def _merge_parts(
 
 
 def _attend_part(
-    *refs: Any, block: int, share: int, programs: int, is_kept_set: bool, has_rows: bool, replacing: bool
+    *refs: Any,
+    block: int,
+    share: int,
+    programs: int,
+    is_kept_set: bool,
+    has_rows: bool,
+    replacing: bool,
+    with_key: bool,
 ) -> None:
     """One program: the running softmax over its share of a head's slots, `share` blocks of what is listed and every
-    `programs`-th block of the newest slots."""
+    `programs`-th block of the newest slots; of the values, and `with_key` of the keys as well."""
     refs_left = iter(refs)
     newest_refs = [next(refs_left) for _ in range(2 * is_kept_set)]
     rows_ref = next(refs_left) if has_rows else None
-    q_ref, keys_ref, values_ref, slots_ref, out_ref, peak_ref, total_ref, *logits_ref = refs_left
+    q_ref, keys_ref, values_ref, slots_ref, peak_ref, total_ref, *output_refs = refs_left
+    sum_refs, logits_ref = output_refs[: 1 + with_key], output_refs[1 + with_key :]
     row, head, part = (pl.program_id(axis) for axis in range(3))
     groups, dim = q_ref.shape[2:]
     count, capacity = slots_ref.shape[-1], keys_ref.shape[2]
@@ -242,11 +306,19 @@ def _attend_part(
     q_index = (row, head, query_in_range[:, None], lane_in_range[None, :])
     q = plt.load(q_ref.at[q_index], mask=is_query & is_lane, other=0)
 
-    def attend_block(
-        slot: Array, is_read: Array, carry: tuple[Array, Array, Array]
-    ) -> tuple[tuple[Array, Array, Array], Array]:
+    def weighted(weights: Array, side: Array) -> Array:
+        """The sum of a block's values or keys. Differences are taken of sums that come with keys, so their weights are
+        not rounded: what 16 bits leave out is multiplied too."""
+        coarse = weights.astype(side.dtype)
+        total = plt.dot(coarse, side, allow_tf32=False).astype(jnp.float32)
+        if with_key and side.dtype.itemsize == 2:
+            fine = (weights - coarse.astype(jnp.float32)).astype(side.dtype)
+            total = total + plt.dot(fine, side, allow_tf32=False).astype(jnp.float32)
+        return total
+
+    def attend_block(slot: Array, is_read: Array, carry: _Running) -> tuple[_Running, Array]:
         """The running softmax with a block of slots added, and their logits."""
-        peak, total, out = carry
+        peak, total, sums = carry
         index, mask = (row, head, slot[:, None], lane_in_range[None, :]), is_lane & is_read[:, None]
         k = plt.load(keys_ref.at[index], mask=mask, other=0)
         logits = plt.dot(q, k.T, allow_tf32=False).astype(jnp.float32) * dim**-0.5
@@ -255,10 +327,13 @@ def _attend_part(
         shrink = jnp.exp(peak - new_peak)
         weights = jnp.exp(logits - new_peak[:, None])
         v = plt.load(values_ref.at[index], mask=mask, other=0)
-        block_out = plt.dot(weights.astype(v.dtype), v, allow_tf32=False).astype(jnp.float32)
-        return (new_peak, total * shrink + jnp.sum(weights, axis=1), out * shrink[:, None] + block_out), logits
+        sums = tuple(
+            before * shrink[:, None] + weighted(weights, side)
+            for before, side in zip(sums, (v, k) if with_key else (v,), strict=True)
+        )
+        return (new_peak, total * shrink + jnp.sum(weights, axis=1), sums), logits
 
-    def attend_listed(number: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def attend_listed(number: Array, carry: _Running) -> _Running:
         entry = (part * share + number) * block + lanes
         entry_in_range = jnp.minimum(entry, count - 1)
         if is_kept_set:
@@ -276,21 +351,22 @@ def _attend_part(
     carry = (
         jnp.full(query.shape, MASKED, jnp.float32),
         jnp.zeros(query.shape, jnp.float32),
-        jnp.zeros((query.size, lane.size), jnp.float32),
+        (jnp.zeros((query.size, lane.size), jnp.float32),) * (1 + with_key),
     )
     is_asked = jnp.int32(1) if rows_ref is None else plt.load(rows_ref.at[row])
     carry = lax.fori_loop(0, share if rows_ref is None else share * is_asked, attend_listed, carry)
     if is_kept_set:
 
-        def attend_newest(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        def attend_newest(turn: Array, carry: _Running) -> _Running:
             slot = first + (part + turn * programs) * block + lanes
             return attend_block(jnp.minimum(slot, capacity - 1), slot < end, carry)[0]
 
         blocks = (end - first + block - 1) // block
         turns = jnp.maximum(blocks - part + programs - 1, 0) // programs * is_asked
         carry = lax.fori_loop(0, turns, attend_newest, carry)
-    peak, total, out = carry
+    peak, total, sums = carry
     out_index = (row, head, part, store_query[:, None], store_lane[None, :])
-    plt.store(out_ref.at[out_index], out, mask=is_query & is_lane)
+    for ref, total_of_side in zip(sum_refs, sums, strict=True):
+        plt.store(ref.at[out_index], total_of_side, mask=is_query & is_lane)
     plt.store(peak_ref.at[row, head, part, store_query], peak, mask=query < groups)
     plt.store(total_ref.at[row, head, part, store_query], total, mask=query < groups)

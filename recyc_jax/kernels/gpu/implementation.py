@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.attention.kept import KeptSlots, Reads
+from recyc_jax.attention.remainder import Moments
 from recyc_jax.cache import LayerCache
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import decode_attention, decoder_layers, prefill_attention, top_slots
@@ -24,6 +25,9 @@ class KeptSlotsByKernel(KeptSlots):
         self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, rows: Bool[Array, " B"] | None = None
     ) -> Float[Array, "B N H"]:
         return decode_attention.kept(q, cached.keys, cached.values, self.slots, reads, rows)
+
+    def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
+        return decode_attention.kept_moments(q, cached.keys, cached.values, self.slots, reads, with_key)
 
 
 def _fits_prefill(q: Array) -> bool:
@@ -78,6 +82,11 @@ class GPU(Implementation):
         rows: Bool[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"]]:
         return decode_attention.full_with_log_probabilities(q, cached.keys, cached.values, visible, rows)
+
+    def full_with_moments(
+        self, q: Float[Array, "B N H"], cached: LayerCache, visible: Bool[Array, "B S"], length: Int[Array, ""]
+    ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"], Moments]:
+        return decode_attention.full_with_moments(q, cached.keys, cached.values, visible)
 
     def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any) -> Callable[..., Any] | None:
         return decoder_layers.run if decoder_layers.applies(config, rows, dtype) else None

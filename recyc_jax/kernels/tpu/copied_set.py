@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import reference, selection
 from recyc_jax.attention.kept import Reads, newest
+from recyc_jax.attention.remainder import Moments
 from recyc_jax.cache import LayerCache, Leaf
 
 FEW = 128
@@ -72,20 +74,29 @@ class CopiedSet:
         out, entry_log_probabilities, newest_log_probabilities = self._attend(q, cached, reads)
         return out, entry_log_probabilities[..., : self.size], newest_log_probabilities
 
-    def _attend(self, q: Array, cached: LayerCache, reads: Reads) -> tuple[Array, Array, Array]:
-        """The output, and the log-probabilities of the entries [B, K, G, P] and of the newest slots [B, K, G, W]. The
-        copies and the newest slots, which are read from the cache, are two pieces of one softmax."""
+    def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
+        """As `KeptSlots.moments`."""
+        return reference.moments(q, self._pieces(cached, reads)[0], with_key)
+
+    def _pieces(self, cached: LayerCache, reads: Reads) -> tuple[tuple[Any, Any], Array]:
+        """What `reads` names as two pieces of one softmax: the copies, and the newest slots, which are read from the
+        cache; and the numbers of the slots of the second piece."""
         remaining, first = reads.remaining(self.size)
         spare = ((0, 0), (0, 0), (0, self.ranks.shape[2] - self.size))
         is_written = jnp.pad(self.slots < reads.length, spare)
         is_ranked = (self.ranks < jnp.minimum(remaining, self.size)[:, None, None]) & is_written
         keys, values, slots = cached.newest(reads.length, min(reads.most, cached.capacity))
         is_new = (slots >= first[:, None]) & (slots < reads.length)
-        pieces = ((self.copied.keys, self.copied.values, is_ranked), (keys, values, is_new[:, None]))
+        return ((self.copied.keys, self.copied.values, is_ranked), (keys, values, is_new[:, None])), slots
+
+    def _attend(self, q: Array, cached: LayerCache, reads: Reads) -> tuple[Array, Array, Array]:
+        """The output, and the log-probabilities of the entries [B, K, G, P] and of the newest slots [B, K, G, W]."""
+        pieces, slots = self._pieces(cached, reads)
+        is_ranked, is_new = (visible for _, _, visible in pieces)
         out, log_probabilities = reference.over_pieces(q, pieces)
         count = is_ranked.shape[2]
         entry_log_probabilities = jnp.where(is_ranked[:, :, None], log_probabilities[..., :count], -jnp.inf)
-        run_log_probabilities = jnp.where(is_new[:, None, None], log_probabilities[..., count:], -jnp.inf)
+        run_log_probabilities = jnp.where(is_new[:, None], log_probabilities[..., count:], -jnp.inf)
         # the run of slots that was read can begin before the newest slots, and, while few slots are written, it holds
         # fewer than `most` of them
         return (
