@@ -116,9 +116,9 @@ def decode(
     return decode_tokens(params, state, keys, config, policy, new_tokens, sampling, eos, pad, implementation)
 
 
-def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, policy: Policy | str) -> Any:
-    """The program of `decode(params, config, state, policy=policy)`, traced but not compiled (`jax.stages.Lowered`).
-    Compiled, it is called with `(params, state, None)`. Raises ValueError as `decode` does."""
+def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, policy: Policy | str) -> jax.stages.Lowered:
+    """The program of `decode(params, config, state, policy=policy)`, traced but not compiled. Compiled, it is called with
+    `(params, state, None)`. Raises ValueError as `decode` does."""
     policy = as_policy(policy)
     check_state(state, policy, None)
     _, eos, pad = _sampling_arguments(config, Greedy(), None, 0, None, None)

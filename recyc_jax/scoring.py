@@ -92,6 +92,18 @@ def score_after(
     return score_tokens(_not_differentiable(params), state, tokens, config, policy, implementation)
 
 
+def lower_score(
+    params: Params, config: LlamaConfig, state: Prefilled, count: int, *, policy: Policy | str
+) -> jax.stages.Lowered:
+    """The program of `score_after(params, config, state, tokens, policy=policy)` for `count` tokens a row, traced but
+    not compiled. Compiled, it is called with `(params, state, tokens)`, an int32 array. Raises ValueError as
+    `score_after` does."""
+    policy = as_policy(policy)
+    check_state(state, policy, None)
+    tokens = sharding.spread(jnp.zeros((state.logits.shape[0], count), jnp.int32), "B-", state.logits.shape[0])
+    return score_tokens.lower(params, state, tokens, config, policy, None)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "policy", "implementation"), donate_argnames="state")
 def score_tokens(
     params: Params,

@@ -1,5 +1,7 @@
 """The same tests for every attention implementation, against numpy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,7 +169,12 @@ def test_moments(attention, arrays):
         lse = np.log(np.sum(np.where(masks, np.exp(logits), 0), axis=-1))
         np.testing.assert_allclose(got.lse, lse, atol=1e-5)
     np.testing.assert_allclose(out, attention.full(q, cached, VISIBLE), atol=1e-5)
-    assert kept.moments(q, cached, reads(new, 37, 9)).key is None
+    alone = kept.moments(q, cached, reads(new, 37, 9))
+    assert alone.key is None
+    rest = remainder.outside(q, everything, kept.moments(q, cached, NOTHING_NEW, with_key=True), jnp.ones(B, bool))
+    for one in (rest, dataclasses.replace(rest, bias=jnp.full_like(rest.bias, -jnp.inf))):
+        got = kept.attend_also(one, q, cached, reads(new, 37, 9))
+        np.testing.assert_allclose(got, one.added(q, alone), atol=1e-5)
     _, expected = attention.full_with_log_probabilities(q, cached, VISIBLE)
     seen = np.broadcast_to(VISIBLE[:, None, None], expected.shape)
     np.testing.assert_allclose(np.asarray(log_probabilities)[seen], np.asarray(expected)[seen], atol=1e-5)

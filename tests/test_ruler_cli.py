@@ -293,7 +293,7 @@ def test_a_prompt_has_one_bos_and_no_eos_behind_it(tmp_path, prompt, begins):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.bos_token = "<eos>"
-    ids = prompt_ids(tokenizer, prompt)
+    (ids,) = prompt_ids(tokenizer, [prompt])
     assert ids == [0] * begins + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert ids.count(0) == 1
 

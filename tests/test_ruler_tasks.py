@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from eval.ruler import material as texts
-from eval.ruler.tasks import cwe, fwe, niah, qa, vt
+from eval.ruler.tasks import cwe, fwe, long_answers, niah, qa, vt
 from eval.ruler.tasks.base import Essays, Material, Prompting
-from eval.ruler.tasks.registry import TASKS
+from eval.ruler.tasks.registry import LONG_TASKS, TASKS
 
 SENTENCES = [f"Sentence number {number} says nothing of note to anyone at all." for number in range(700)]
 ESSAYS = Essays(tuple(" ".join(SENTENCES).split()), lambda text: re.findall(r"[^.]+\.?", text.replace(". ", ".")))
@@ -42,7 +42,7 @@ HOTPOT = [
     }
     for row in range(30)
 ]
-PLAIN = Prompting(lambda body: body, lambda text: len(re.findall(r"\w+|[^\w ]", text)))
+PLAIN = Prompting(lambda body: body, lambda texts: [len(re.findall(r"\w+|[^\w ]", text)) for text in texts])
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,8 @@ def build(material):
 @pytest.mark.parametrize("name", TASKS)
 @pytest.mark.parametrize("length", [1500, 4096])
 def test_samples_fit_and_fill(build, name, length):
+    if name in LONG_TASKS:
+        length += 1000  # their answers take 832 tokens
     task = build(name, length)
     samples = [task.sample(index) for index in range(6)]
     for index, sample in enumerate(samples):
@@ -244,7 +246,7 @@ def test_qa_runs_out_of_questions(build):
 
 
 def test_chat_templates_wrap_the_body_and_the_prefix_comes_after(build):
-    chat = Prompting(lambda body: f"<user>{body}<assistant>", PLAIN.count)
+    chat = Prompting(lambda body: f"<user>{body}<assistant>", PLAIN.counts)
     for name in TASKS:
         plain, wrapped = build(name), build(name, prompting=chat)
         sample = wrapped.sample(0)
@@ -330,3 +332,36 @@ def test_multivalues_are_shuffled_alike_in_every_sample(build):
         sample = build("niah_multivalue").sample(index)
         orders.add(tuple(sorted(range(4), key=lambda at: sample.input.index(sample.outputs[at]))))
     assert len(orders) == 1
+
+
+def test_a_path_follows_the_roads(build):
+    for index in range(5):
+        sample = build("long_path").sample(index)
+        roads = re.findall(r"From (\S+) the road goes to (\S+)\.", sample.input)
+        goes = dict(roads)
+        assert len(goes) == len(roads) == len(set(goes.values()))  # one road from each place, and one to each
+        here = re.fullmatch(r" Answer: From (\S+) the road goes to", sample.answer_prefix)[1]
+        assert f"Start at {here} and follow the roads for {len(sample.outputs)} steps." in sample.input
+        for there in sample.outputs:
+            here = goes[here]
+            assert here == there
+
+
+def test_records_are_asked_for_in_reverse(build):
+    for index in range(5):
+        sample = build("long_reverse").sample(index)
+        records = dict(re.findall(r"Record (\d+): \S+ (\d{7})\.", sample.input))
+        last, first = map(int, re.search(r"from number (\d+) down to number (\d+),", sample.input).groups())
+        assert sample.answer_prefix == f" Answer: Record {last}:"
+        assert sample.outputs == tuple(records[str(number)] for number in range(last, first - 1, -1))
+        assert len(sample.outputs) == long_answers.ITEMS
+
+
+def test_needles_are_asked_for_in_the_order_of_the_question(build):
+    sample = build("long_needles", 4096).sample(0)
+    needles = dict(re.findall(r"One of the special magic numbers for (\S+) is: (\d{7})\.", sample.input))
+    asked = re.search(r"numbers for (.*) mentioned in the provided text\?", sample.input)[1]
+    keys = asked.replace(", and ", ", ").split(", ")
+    assert [needles[key] for key in keys] == list(sample.outputs)
+    assert len(keys) == 32
+    assert sample.answer_prefix.endswith(f"One of the special magic numbers for {keys[0]} is:")

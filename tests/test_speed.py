@@ -53,6 +53,23 @@ def test_estimates_are_within_a_fifth_of_what_was_reached(batch, length, kind, s
     assert 0.8 * measured <= estimated <= measured
 
 
+def test_tokens_read():
+    """A full step reads all, and what a method reads in order to choose counts."""
+    shape, length = SHAPES["qwen2.5-0.5b"], 32768
+    for text, tokens in {
+        "full": length,
+        "recycled:budget=1024,stride=10": (9 * 1024 + length) / 10,
+        "lookahead:budget=1024,stride=50,remainder=false": (49 * 1024 + length + 1024) / 50,
+        "lookahead:budget=1024,stride=50": (49 * (1024 + 2 * 7) + length + 1024) / 50,  # 7 heads a group, in float32
+        "snapkv:budget=1024": 1024,
+        "quest:budget=1024": (2 * length + 22 * (1024 + length / 16)) / 24,
+        "top_k:budget=1024": length / 2 + 1024,
+    }.items():
+        assert roofline.tokens_read(shape, rj.parse_policy(text), length) == pytest.approx(tokens, rel=1e-3)
+    dynamic = rj.parse_policy("recycled:budget=1024,check_every=5,threshold=0.9")
+    assert roofline.tokens_read(shape, dynamic, length, stride=20) == pytest.approx((19 * 1024 + length) / 20, rel=1e-3)
+
+
 def test_a_mean_lies_between_its_steps_and_copies_cost():
     for batch, length in ((1, 8192), (8, 131072)):
         for copies in (False, True):
@@ -122,7 +139,7 @@ def test_a_waterfall_needs_a_gpu(call_module):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_kernels_read_what_a_step_must_read(name):
-    """Except for norms, `eval.waterfall` counts the same bytes over all kernels as `eval.speed` for a step."""
+    """Except for norms and biases, `eval.waterfall` counts the same bytes over all kernels as `eval.speed` for a step."""
     shape, policy = SHAPES[name], rj.SnapKV(4096)
 
     def read(*kernels):
@@ -135,6 +152,8 @@ def test_kernels_read_what_a_step_must_read(name):
     found = shape.num_hidden_layers * read(*products) + full * read("recycled_attention") + windows + read("head")
     of_heads = 2 * shape.head_dim if shape.qk_norm else 0
     of_layer = shape.hidden_size * (4 if shape.norms == "both" else 2) + of_heads
+    if shape.qkv_bias:
+        of_layer += shape.head_dim * (shape.num_attention_heads + 2 * shape.num_key_value_heads)
     norms = 2 * (shape.num_hidden_layers * of_layer + shape.hidden_size)
     assert found + norms == roofline.estimate(shape, policy, 3, 8192).partial.bytes
     if windows == 0:

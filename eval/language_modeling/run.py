@@ -7,11 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import recyc_jax as rj
 from eval.language_modeling.windows import Window
+from recyc_jax import scoring, sharding
 from recyc_jax.commands import command_line, hosts, numbers, run_log
+from recyc_jax.commands.compiling import Programs
 from recyc_jax.commands.run_log import Row, RunLog
 
 
@@ -36,17 +39,21 @@ def batches(windows: list[Window], policies: Sequence[str], batch_size: int, log
 def evaluate(lm: rj.PretrainedLM, todo: list[Batch], new_tokens: int, log: RunLog) -> None:
     """Score all batches; windows are logged after each batch and policy."""
     total = sum(len(batch.policies) * len(batch.windows) for batch in todo)
-    with command_line.progress() as progress:
+
+    def lower(state: rj.Prefilled, policy: rj.Policy) -> Any:
+        return scoring.lower_score(lm.params, lm.config, state, new_tokens, policy=policy)
+
+    with command_line.progress() as progress, Programs(lower) as programs:
         bar = progress.add_task("evaluating", total=total)
         for batch in todo:
             progress.update(bar, description=f"{batch.windows[0].length} tokens")
-            for rows in _score_batch(lm, batch, new_tokens):
+            for rows in _score_batch(lm, batch, new_tokens, programs):
                 log.append(rows)
                 progress.advance(bar, len(rows))
                 command_line.heed_interrupt()
 
 
-def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int) -> Iterator[list[Row]]:
+def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int, programs: Programs) -> Iterator[list[Row]]:
     """The result rows of the batch under each policy in turn: one prefill, then one decode per policy."""
     length = batch.windows[0].length
     filled = batch.windows + batch.windows[-1:] * (batch.rows - len(batch.windows))
@@ -56,9 +63,11 @@ def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int) -> Iterator
     options: Any = {"max_new_tokens": new_tokens, "allow_beyond_context": True}  # checked by command_line.check_context
     state = rj.prefill(lm.params, lm.config, context, policies=chosen, **options)
     state.logits.block_until_ready()
+    programs.prepare(state, chosen)
+    following = sharding.spread(jnp.asarray(scored), "B-", batch.rows)
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
-        scores, state = rj.score_after(lm.params, lm.config, state, scored, policy=policy)
+        scores, state = programs.of(state, policy)(lm.params, state, following)
         chances, full_steps = (hosts.fetched(field) for field in (scores.log_probabilities, scores.full_steps))
         seconds = (time.perf_counter() - began) / len(batch.windows)
         yield [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,12 @@ def prompting(tokenizer: Any, template: str, vocabulary: int | None = None) -> P
     """How samples become prompts of this model. Raises ValueError if the chat template is missing or fails; counting
     tokens raises it for ids beyond the model's `vocabulary` (None: any)."""
 
-    def count(text: str) -> int:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if vocabulary is not None and max(ids, default=0) >= vocabulary:
-            raise ValueError(f"the tokenizer makes the id {max(ids)}, beyond the model's vocabulary of {vocabulary}")
-        return len(ids)
+    def counts(texts: Sequence[str]) -> list[int]:
+        rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]  # all at once: on as many cores
+        highest = max((max(ids, default=0) for ids in rows), default=0)
+        if vocabulary is not None and highest >= vocabulary:
+            raise ValueError(f"the tokenizer makes the id {highest}, beyond the model's vocabulary of {vocabulary}")
+        return [len(ids) for ids in rows]
 
     def chat(body: str) -> str:
         turns = [{"role": "user", "content": body}]
@@ -68,15 +69,18 @@ def prompting(tokenizer: Any, template: str, vocabulary: int | None = None) -> P
             raise ValueError(f"--template chat: the model's chat template fails ({error})") from None
     # silences the tokenizer's warning about texts beyond its model_max_length, which are intended here
     tokenizer.model_max_length = sys.maxsize
-    return Prompting(chat if template == "chat" else lambda body: body, count)
+    return Prompting(chat if template == "chat" else lambda body: body, counts)
 
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt's token ids, after the special tokens that the tokenizer puts before a text, unless the prompt begins
+def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Each prompt's token ids, after the special tokens that the tokenizer puts before a text, unless the prompt begins
     with BOS itself. What the tokenizer puts behind a text, such as EOS, would end the answer before it begins."""
-    begun = bool(tokenizer.bos_token) and prompt.lstrip().startswith(tokenizer.bos_token)
-    before = [] if begun else special_tokens(tokenizer)[0]
-    return before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    special, bos = special_tokens(tokenizer)[0], tokenizer.bos_token
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]  # all at once: on as many cores
+    return [
+        (special if not (bos and prompt.lstrip().startswith(bos)) else []) + ids
+        for prompt, ids in zip(prompts, rows, strict=True)
+    ]
 
 
 def cells(
@@ -110,12 +114,8 @@ def prompts(config: Config, tokenizer: Any) -> list[list[int]]:
     sources_of_text, _, notes, missing = _material(config, tasks)
     if missing:
         raise ValueError(notes[0])
-    return [
-        prompt_ids(tokenizer, TASKS[name](name, sources_of_text, wrap, length, config.seed).sample(index).prompt)
-        for length in lengths
-        for name in tasks
-        for index in range(config.samples)
-    ]
+    made = (TASKS[name](name, sources_of_text, wrap, length, config.seed) for length in lengths for name in tasks)
+    return prompt_ids(tokenizer, [task.sample(index).prompt for task in made for index in range(config.samples)])
 
 
 def share_shapes(found: list[Cell]) -> list[Cell]:
@@ -153,7 +153,7 @@ def dump(folder: Path, found: list[Cell], prompting: Prompting) -> None:
 def _read(config: Config, task: str, length: int, prompting: Prompting, limit: int | None) -> Cell:
     assert config.data is not None
     kind = TASKS[task]
-    found = samples.read(config.data, length, task, config.samples, prompting.count, kind.new_tokens, limit)
+    found = samples.read(config.data, length, task, config.samples, prompting.counts, kind.new_tokens, limit)
     longest = max(length, *(sample.length for sample in found)) - kind.new_tokens
     return Cell(task, length, kind.new_tokens, kind.metric, len(found), found.__getitem__, longest, is_read=True)
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.ruler.scoring import mean_and_error, mean_of_tasks, paired
-from eval.ruler.tasks.registry import TASKS
+from eval.ruler.scoring import found, mean_and_error, mean_of_tasks, paired
+from eval.ruler.tasks.registry import LONG_TASKS, TASKS
 from eval.tables import letters, markdown_legend, markdown_table, number, ordered, print_table
 from recyc_jax.commands.files import write_text
 from recyc_jax.commands.plotting import plot
@@ -54,9 +54,23 @@ def summarise(rows: Sequence[Row], policies: Sequence[str]) -> Summary:
                 "steps": sum(row["steps"] for row in cell),
                 "nulls": sum(not row["prediction"] for row in cell),
                 "seconds": round(sum(row["seconds"] for row in cell), 2),
+                **({"by_place": _by_place(cell)} if task in LONG_TASKS else {}),
             }
         )
     return summary
+
+
+PARTS = 4
+"""The parts of a long answer that are scored apart."""
+
+
+def _by_place(cell: Sequence[Row]) -> list[float]:
+    """The percentage of references found, by quarter of the answer: in long answers, errors that accumulate show."""
+    parts: list[list[bool]] = [[] for _ in range(PARTS)]
+    for row in cell:
+        for place, is_found in enumerate(found(row["prediction"], row["references"])):
+            parts[place * PARTS // len(row["references"])].append(is_found)
+    return [round(100 * statistics.fmean(part), 1) if part else math.nan for part in parts]
 
 
 def _or_nan(value: float | None) -> float:
@@ -100,6 +114,16 @@ def _differences(summary: Summary, length: int) -> list[list[str]]:
     return body
 
 
+def _places(summary: Summary, length: int) -> dict[str, list[list[str]]]:
+    """For each task with long answers, the scores by place: one row per policy."""
+    tables: dict[str, list[list[str]]] = {}
+    for row in summary:
+        if row["length"] == length and "by_place" in row:
+            scores = [f"{score:.1f}" for score in row["by_place"]]
+            tables.setdefault(row["task"], []).append([f"`{row['policy']}`", *scores])
+    return tables
+
+
 def print_tables(summary: Summary) -> None:
     """Print one table per length."""
     for length in ordered(summary, "length"):
@@ -128,8 +152,13 @@ def write(
         heading = ["task", *named.values()]
         counts = sorted({row["n"] for row in summary if row["length"] == length})
         tasks = len(body) - 1
-        lines += [f"## {length} tokens", "", f"{tasks} tasks of 13, {' or '.join(map(str, counts))} samples each.", ""]
+        names = {row["task"] for row in summary if row["length"] == length}
+        of = "" if names & LONG_TASKS.keys() else " of 13"
+        lines += [f"## {length} tokens", "", f"{tasks} tasks{of}, {' or '.join(map(str, counts))} samples each.", ""]
         lines += [*markdown_table(heading, body), "", *markdown_legend(named), ""]
+        for task, places in _places(summary, length).items():
+            heading = [f"{task}, by quarter of the answer", *(str(part + 1) for part in range(PARTS))]
+            lines += [*markdown_table(heading, places), ""]
         differences = _differences(summary, length)
         if differences:
             heading = ["mean of the tasks", "difference from full", "95% interval", "effective stride"]

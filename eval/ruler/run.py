@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,9 @@ import recyc_jax as rj
 from eval.ruler import scoring
 from eval.ruler.cells import Cell, prompt_ids
 from eval.ruler.config import Config
+from recyc_jax import generation
 from recyc_jax.commands import command_line, hosts, run_log
-from recyc_jax.commands.compiling import Decoders
+from recyc_jax.commands.compiling import Programs
 from recyc_jax.commands.run_log import Row, RunLog
 from recyc_jax.policies.registry import POLICIES
 
@@ -41,23 +43,27 @@ def batches(config: Config, cells: list[Cell], log: RunLog) -> Iterator[Batch]:
 def evaluate(lm: rj.PretrainedLM, todo: list[Batch], log: RunLog, known: command_line.KnownPolicies) -> None:
     """Decode all batches; samples are logged after each batch and policy."""
     total = sum(len(batch.policies) * len(batch.samples) for batch in todo)
-    with command_line.progress() as progress, Decoders() as decoders:
+
+    def lower(state: rj.Prefilled, policy: rj.Policy) -> Any:
+        return generation.lower_decode(lm.params, lm.config, state, policy=policy)
+
+    with command_line.progress() as progress, Programs(lower) as programs:
         bar = progress.add_task("evaluating", total=total)
         for batch in todo:
             progress.update(bar, description=f"{batch.samples[0][0].length} tokens")
-            for rows in _decode_batch(lm, batch, known, decoders):
+            for rows in _decode_batch(lm, batch, known, programs):
                 log.append(rows)
                 progress.advance(bar, len(rows))
                 command_line.heed_interrupt()
 
 
 def _decode_batch(
-    lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPolicies, decoders: Decoders
+    lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPolicies, programs: Programs
 ) -> Iterator[list[Row]]:
     """The result rows of the batch under each policy in turn: one prefill, then one decode per policy."""
     cells = [cell for cell, _ in batch.samples]
     samples = [cell.sample(index) for cell, index in batch.samples]
-    prompts = [prompt_ids(lm.tokenizer, sample.prompt) for sample in samples]
+    prompts = prompt_ids(lm.tokenizer, [sample.prompt for sample in samples])
     width = cells[0].longest + len(lm.tokenizer("")["input_ids"])
     tokens, lengths = np.zeros((batch.rows, width), np.int32), np.zeros(batch.rows, np.int32)
     for row in range(batch.rows):
@@ -74,10 +80,10 @@ def _decode_batch(
         allow_beyond_context=True,  # `command_line.check_context` has checked it
     )
     state.logits.block_until_ready()
-    decoders.prepare(lm, state, chosen)
+    programs.prepare(state, chosen)
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
-        out, state = decoders.decode(lm, state, policy)
+        out, state = programs.of(state, policy)(lm.params, state, None)
         made, counts, full_steps = (hosts.fetched(field) for field in out)
         seconds = (time.perf_counter() - began) / len(samples)
         rows = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from eval.ruler.tasks.base import Sample
@@ -44,7 +44,13 @@ def write(
 
 
 def read(
-    folder: Path, length: int, task: str, limit: int, count: Callable[[str], int], new_tokens: int, longest: int | None
+    folder: Path,
+    length: int,
+    task: str,
+    limit: int,
+    counts: Callable[[Sequence[str]], list[int]],
+    new_tokens: int,
+    longest: int | None,
 ) -> list[Sample]:
     """The first `limit` samples of a task.
 
@@ -67,14 +73,15 @@ def read(
             raise ValueError(f"{where}: input and answer_prefix must be strings, outputs a list of non-empty strings")
         if any(whole(part) != part for part in (text, prefix, *outputs)):
             raise ValueError(f"{where}: holds an unpaired surrogate, which no tokenizer takes")
-        sample = Sample(number, text, prefix, tuple(outputs), 0)
-        sample = dataclasses.replace(sample, length=count(sample.prompt) + new_tokens)
-        if longest is not None and sample.length > longest:
-            raise ValueError(
-                f"{where}: {sample.length} tokens with its answer exceed the model's context of {longest}; pass "
-                "--allow-beyond-context to run it all the same"
-            )
-        samples.append(sample)
+        samples.append(Sample(number, text, prefix, tuple(outputs), 0))
     if not samples:
         raise ValueError(f"--data: {file}: there is no sample in it")
-    return samples
+    counted = []
+    for sample, tokens in zip(samples, counts([sample.prompt for sample in samples]), strict=True):
+        counted.append(dataclasses.replace(sample, length=tokens + new_tokens))
+        if longest is not None and counted[-1].length > longest:
+            raise ValueError(
+                f"--data: {file}:{sample.index + 1}: {counted[-1].length} tokens with its answer exceed the model's "
+                f"context of {longest}; pass --allow-beyond-context to run it all the same"
+            )
+    return counted

@@ -17,8 +17,13 @@ def score(prediction: str, references: Sequence[str], metric: str) -> float:
 
     References match as case-insensitive substrings without word boundaries, as in NVIDIA/RULER.
     """
-    found = [reference.lower() in prediction.lower() for reference in references]
-    return float(any(found)) if metric == "part" else sum(found) / len(found)
+    there = found(prediction, references)
+    return float(any(there)) if metric == "part" else sum(there) / len(there)
+
+
+def found(prediction: str, references: Sequence[str]) -> list[bool]:
+    """Which references are in the prediction, as `score` finds them."""
+    return [reference.lower() in prediction.lower() for reference in references]
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:

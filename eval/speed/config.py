@@ -14,8 +14,8 @@ class Config:
     """Measure decode steps, or estimate them."""
 
     model: str = "smollm2-135m"
-    """A model shape: smollm2-135m, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, qwen3-8b, gemma-3-12b; or a folder with a
-    config.json."""
+    """A model shape: smollm2-135m, qwen2.5-0.5b, llama-3.2-1b, llama-3.1-8b, llama-3.1-70b, qwen3-8b, gemma-3-12b; or a
+    folder with a config.json."""
     batch: int = 1
     lengths: str = "2048,4096,8192"
     """Comma-separated total lengths: tokens in the cache during the steps."""

@@ -9,7 +9,7 @@ from eval.speed import roofline
 from eval.speed.config import Config
 from eval.speed.roofline import Device
 from eval.tables import letters, print_table
-from recyc_jax import FullAttention, LlamaConfig, Policy, RecycledAttention, parse_policy
+from recyc_jax import FullAttention, LlamaConfig, Lookahead, Policy, RecycledAttention, parse_policy
 
 GAIN = 1.1
 """The advice says that recycling pays where a full-attention step takes this many times the policy's mean step."""
@@ -55,7 +55,7 @@ def _advice(config: Config, model: LlamaConfig, lengths: list[int], device: Devi
     """Lines that say from which length and batch on recycling pays, and which lengths exceed the memory."""
     for text in config.policies:
         policy = parse_policy(text, max(lengths))
-        if not isinstance(policy, RecycledAttention):
+        if not isinstance(policy, Lookahead | RecycledAttention):
             continue
 
         def by_length(length: int, text: str = text) -> float:

@@ -9,9 +9,12 @@ from recyc_jax.config import LlamaConfig
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.h2o import H2O
+from recyc_jax.policies.lookahead import Lookahead
+from recyc_jax.policies.quest import Quest
 from recyc_jax.policies.recycled import RecycledAttention
 from recyc_jax.policies.snapkv import SnapKV
 from recyc_jax.policies.streaming_llm import StreamingLLM
+from recyc_jax.policies.top_k import TopK
 
 TILE = 128  # slots that a TPU reads at once from a cache with the slots last
 
@@ -124,6 +127,19 @@ def estimate(
         newest = -(-policy.period // TILE) * TILE + TILE if copies else 0
         refresh = step(2 * length + budget, length) if copies else whole
         return Estimate(policy, refresh, step(budget + newest, budget), policy.period)
+    if isinstance(policy, Lookahead):
+        newest = -(-policy.period // TILE) * TILE + TILE if copies else 0
+        groups = config.num_attention_heads // config.num_key_value_heads
+        rest = groups * 4 // size if policy.remainder else 0  # a float32 key and value for each query head
+        refresh = step(2 * length + 2 * budget, length + budget) if copies else step(length + budget, length + budget)
+        return Estimate(policy, refresh, step(budget + newest + rest, budget), policy.period)
+    if isinstance(policy, Quest):
+        dense = min(policy.dense_layers, len(config.full_layers)) / max(1, len(config.full_layers))
+        bounds = length / policy.page  # two keys a page, as many bytes as a key and a value
+        read = min(length, policy.budget + bounds)
+        return Estimate(policy, None, step(dense * length + (1 - dense) * read, dense * length + (1 - dense) * read), 1)
+    if isinstance(policy, TopK):
+        return Estimate(policy, None, step(length / 2 + budget, length + budget), 1)  # every key, then some again
     if isinstance(policy, SnapKV):
         # with copies, up to `budget` newest tokens are read in addition to the set entries that they replace
         return Estimate(policy, None, step(budget + (min(budget, length) if copies else 0), budget), 1)
@@ -134,6 +150,22 @@ def estimate(
     if policy.full_stride is None:
         return Estimate(policy, None, partial, 1)
     return Estimate(policy, whole, partial, policy.full_stride)
+
+
+def tokens_read(config: LlamaConfig, policy: Policy, length: int, stride: float | None = None) -> float:
+    """The mean number of cached tokens (a key and a value each) that a step reads per layer and key/value head, with
+    full steps and what a method reads in order to choose. `stride` is the number of steps per full step, where that
+    was measured."""
+    if not config.full_layers:
+        raise ValueError("every layer has a sliding window: policies read nothing")
+    found = estimate(config, policy, 1, length)
+    weights = weight_bytes(config)[1] + window_bytes(config, length)
+    full, partial = (
+        (step.bytes - weights) / token_bytes(config) if step else 0.0 for step in (found.full, found.partial)
+    )
+    if found.full is None or found.partial is None:
+        return full + partial
+    return partial + (full - partial) / (stride or found.period)
 
 
 def first_that_gains(candidates: Iterable[int], ratio: Callable[[int], float], gain: float) -> int | None:

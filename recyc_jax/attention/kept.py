@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import reference
-from recyc_jax.attention.remainder import Moments
+from recyc_jax.attention.remainder import Moments, Remainder
 from recyc_jax.cache import LayerCache, Leaf
 
 
@@ -71,6 +71,12 @@ class KeptSlots:
         """`attend`, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
         piece = reference.listed(cached.keys, cached.values, self._read_slots(reads))
         return reference.moments(q, [piece], with_key)
+
+    def attend_also(
+        self, rest: Remainder, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads
+    ) -> Float[Array, "B N H"]:
+        """`attend` to what `reads` names and to one more token for each query head."""
+        return rest.added(q, self.moments(q, cached, reads))
 
     def _read_slots(self, reads: Reads) -> Int[Array, "B K R"]:
         """The slots that `reads` names, -1 in places of none: those of the set's entries, then the newest W."""

@@ -8,6 +8,7 @@ minimum, so a row that sees nothing gives finite garbage rather than NaN.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -92,13 +93,16 @@ def full_with_log_probabilities(
 
 
 def mean_under(weights: Float[Array, "B K G S"], side: Float[Array, "B K S H"]) -> Float[Array, "B K G H"]:
-    """The sum of keys or values by float32 weights, in float32. Halves of 16 bits are multiplied as they are: the
+    """The sum of keys or values by float32 weights, in float32. Keys of 16 bits are multiplied as they are: the
     weights are split into a part of as many bits and what that rounds off."""
     if side.dtype.itemsize > 2:
         return jnp.einsum("bkgs,bksh->bkgh", weights, side, preferred_element_type=jnp.float32)
     coarse = weights.astype(side.dtype)
     fine = (weights - coarse.astype(jnp.float32)).astype(side.dtype)
-    return sum(jnp.einsum("bkgs,bksh->bkgh", part, side, preferred_element_type=jnp.float32) for part in (coarse, fine))
+    main, correction = (
+        jnp.einsum("bkgs,bksh->bkgh", part, side, preferred_element_type=jnp.float32) for part in (coarse, fine)
+    )
+    return main + correction
 
 
 def moments(
@@ -113,9 +117,12 @@ def moments(
     weights = jnp.exp(logits - lse[..., None])
     ends = np.cumsum([keys.shape[2] for keys, _, _ in pieces])
     parts = jnp.split(weights, ends[:-1], axis=-1)
-    value = sum(mean_under(part, values) for part, (_, values, _) in zip(parts, pieces, strict=True))
-    key = sum(mean_under(part, keys) for part, (keys, _, _) in zip(parts, pieces, strict=True)) if with_key else None
-    return Moments(lse, value, key)
+
+    def mean(side: int) -> Array:
+        sums = [mean_under(part, piece[side]) for part, piece in zip(parts, pieces, strict=True)]
+        return functools.reduce(jnp.add, sums)
+
+    return Moments(lse, mean(1), mean(0) if with_key else None)
 
 
 def window_scores(

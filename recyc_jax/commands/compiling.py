@@ -1,33 +1,32 @@
-"""Decoding under many policies: their programs are compiled side by side, which takes most of the time of a short run."""
+"""Programs of many policies, compiled side by side: compiling takes most of the time of a short run."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import jax
 
-from recyc_jax import generation
-from recyc_jax.generation import Generation
-from recyc_jax.loading.pretrained import PretrainedLM
 from recyc_jax.policies.base import Policy
 from recyc_jax.prefilling import Prefilled
 
 
-class Decoders:
-    """Greedy `decode` under any of several policies: each program is compiled once, in threads of its own. Tracing stays
-    in the caller's thread, whose mesh it needs. A context manager: leaving it abandons programs that nobody asked
-    for."""
+class Programs:
+    """The compiled programs that `lower(state, policy)` traces (it returns a `jax.stages.Lowered`), each compiled once
+    for states of the same shapes, in threads. Tracing stays in the caller's thread, whose mesh it needs. A context
+    manager: leaving it abandons programs that are not begun."""
 
-    def __init__(self) -> None:
-        several_hosts = jax.process_count() > 1  # XLA's autotuning there has hosts wait for each other, in one order
-        self._pool = concurrent.futures.ThreadPoolExecutor(1 if several_hosts else min(16, os.cpu_count() or 1))
-        self._programs: dict[Any, concurrent.futures.Future[Any]] = {}
+    def __init__(self, lower: Callable[[Prefilled, Policy], Any]) -> None:
+        self._lower = lower
+        # with several hosts XLA's autotuning has them wait for each other, so all must compile in one order
+        workers = 1 if jax.process_count() > 1 else min(16, os.cpu_count() or 1)
+        self._pool = concurrent.futures.ThreadPoolExecutor(workers)
+        self._compiled: dict[Any, concurrent.futures.Future[Any]] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Programs:
         return self
 
     def __exit__(
@@ -35,17 +34,16 @@ class Decoders:
     ) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def prepare(self, lm: PretrainedLM, state: Prefilled, policies: Sequence[Policy]) -> None:
-        """Begin to compile the programs that are missing for prompts like those of `state`."""
+    def prepare(self, state: Prefilled, policies: Sequence[Policy]) -> None:
+        """Begin to compile what these policies need after prompts like those of `state`."""
         for policy in policies:
-            if self._key(state, policy) not in self._programs:
-                lowered = generation.lower_decode(lm.params, lm.config, state, policy=policy)
-                self._programs[self._key(state, policy)] = self._pool.submit(lowered.compile)
+            if self._key(state, policy) not in self._compiled:
+                self._compiled[self._key(state, policy)] = self._pool.submit(self._lower(state, policy).compile)
 
-    def decode(self, lm: PretrainedLM, state: Prefilled, policy: Policy) -> tuple[Generation, Prefilled]:
-        """As `rj.decode(lm.params, lm.config, state, policy=policy)`."""
-        self.prepare(lm, state, [policy])
-        return self._programs[self._key(state, policy)].result()(lm.params, state, None)
+    def of(self, state: Prefilled, policy: Policy) -> Any:
+        """The compiled program (`jax.stages.Compiled`)."""
+        self.prepare(state, [policy])
+        return self._compiled[self._key(state, policy)].result()
 
     @staticmethod
     def _key(state: Prefilled, policy: Policy) -> Any:

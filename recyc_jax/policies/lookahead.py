@@ -77,11 +77,15 @@ class Lookahead(Policy):
             raise ValueError(f"remainder={self.remainder!r} must be True or False")
 
     @property
+    def ahead(self) -> int:
+        """The number of tokens kept after each attended one."""
+        return max(self.stride - 1, LEAST_AHEAD) if self.lookahead == "auto" else self.lookahead
+
+    @property
     def _rule(self) -> RecycledAttention:
         """How tokens are chosen and read."""
-        ahead = max(self.stride - 1, LEAST_AHEAD) if self.lookahead == "auto" else self.lookahead
         schedule = FixedStride(self.stride)
-        return RecycledAttention(self.budget, schedule, self.pool, ahead, window=self.window, decay=self.decay)
+        return RecycledAttention(self.budget, schedule, self.pool, self.ahead, window=self.window, decay=self.decay)
 
     @property
     def period(self) -> int:
@@ -111,7 +115,7 @@ class Lookahead(Policy):
         if state.remainder is None:
             out = kept.attend(step.q, step.cached, reads)
         else:
-            out = state.remainder.added(step.q, kept.moments(step.q, step.cached, reads))
+            out = kept.attend_also(state.remainder, step.q, step.cached, reads)
         return Attended(out, state, full=jnp.zeros_like(step.done))
 
     def deciding_step(self, attention: Implementation, step: Step, state: LookaheadState) -> Attended:

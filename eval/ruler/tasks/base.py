@@ -73,7 +73,11 @@ class Prompting:
     """How bodies become prompts for a model, and how their tokens are counted."""
 
     wrap: Callable[[str], str]  # puts a body in the model's chat template; the identity for base models
-    count: Callable[[str], int]  # tokens of a text, without special tokens
+    counts: Callable[[Sequence[str]], list[int]]  # tokens of each text, without special tokens
+
+    def count(self, text: str) -> int:
+        """The tokens of a text, without special tokens."""
+        return self.counts([text])[0]
 
 
 class Task(abc.ABC):

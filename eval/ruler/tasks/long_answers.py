@@ -6,6 +6,7 @@ score by position."""
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from eval.ruler.tasks.base import Draft, Task
@@ -38,9 +39,7 @@ class LongPath(Task):
 
     def draft(self, size: int, rng: random.Random, index: int) -> Draft:
         places = _names(self, size + 1, rng)
-        roads = [
-            self.ROAD.format(here=here, there=there) for here, there in zip(places[:-1], places[1:], strict=True)
-        ]
+        roads = [self.ROAD.format(here=here, there=there) for here, there in itertools.pairwise(places)]
         rng.shuffle(roads)
         first = rng.randint(0, size - ITEMS)
         start = places[first]

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recyc_jax import sharding
 from recyc_jax.attention.kept import Reads
 from recyc_jax.attention.reference import MASKED
-from recyc_jax.attention.remainder import Moments
+from recyc_jax.attention.remainder import Moments, Remainder
 from recyc_jax.kernels.gpu import triton_call
 
 LEAST = 16
@@ -74,7 +74,6 @@ def full_with_log_probabilities(
     """As `reference.full_with_log_probabilities`. The pass that makes the output also writes the logits, 4 bytes per
     slot and query head. Rows outside of `rows` (None: all rows count) read nothing."""
     seen = _attend(q, keys, values, visible.astype(jnp.int8), with_logits=True, rows=rows)
-    assert seen.logits is not None
     return seen.out, seen.logits - seen.normaliser[..., None]
 
 
@@ -86,7 +85,6 @@ def full_with_moments(
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"], Moments]:
     """`full_with_log_probabilities`, and the moments of the attention, with keys, from the same pass over the cache."""
     seen = _attend(q, keys, values, visible.astype(jnp.int8), with_logits=True, with_key=True, unrounded=True)
-    assert seen.logits is not None
     return seen.out.astype(q.dtype), seen.logits - seen.normaliser[..., None], _moments(seen)
 
 
@@ -97,11 +95,12 @@ def kept(
     slots: Int[Array, "B K R"],
     reads: Reads,
     rows: Bool[Array, " B"] | None = None,
+    rest: Remainder | None = None,
 ) -> Float[Array, "B N H"]:
-    """One query per row over what `reads` names of the listed slots (-1 lists nothing) and of the newest ones. Rows
-    that are not in `rows` (None: no row) read nothing."""
+    """One query per row over what `reads` names of the listed slots (-1 lists nothing) and of the newest ones, and over
+    the token of `rest`. Rows that are not in `rows` (None: no row) read nothing."""
     newest = (reads.first, jnp.reshape(reads.length, 1))
-    return _attend(q, keys, values, slots, newest, reads.most, reads.replacing, rows=rows).out
+    return _attend(q, keys, values, slots, newest, reads.most, reads.replacing, rows=rows, rest=rest).out
 
 
 def kept_moments(
@@ -120,12 +119,12 @@ def kept_moments(
 
 
 class _Seen(NamedTuple):
-    """The results of one pass."""
+    """The results of one pass, or what each of them is split by (`sharding.split_kernel`)."""
 
-    out: Array  # [B, N, H]
-    normaliser: Array  # [B, K, G]: the logsumexp
-    key: Array | None  # [B, N, H], float32: the mean of the keys
-    logits: Array | None  # [B, K, G, S]
+    out: Any  # [B, N, H]
+    normaliser: Any  # [B, K, G]: the logsumexp
+    key: Any  # [B, N, H], float32: the mean of the keys; None if not asked for
+    logits: Any  # [B, K, G, S]; None if not asked for
 
 
 def _moments(seen: _Seen) -> Moments:
@@ -145,6 +144,7 @@ def _attend(
     with_key: bool = False,
     unrounded: bool = False,
     rows: Bool[Array, " B"] | None = None,
+    rest: Remainder | None = None,
 ) -> _Seen:
     """The output (`unrounded`: in float32), the logsumexp of each query head, and if asked for the mean of the keys and
     the logits.
@@ -154,6 +154,8 @@ def _attend(
     """
     asked = () if rows is None else (rows.astype(jnp.int32),)
     inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if newest else ("B-",)), *(("B",) if asked else ()))
+    more = () if rest is None else (rest.key, rest.value, rest.bias)
+    inputs = (*inputs, *(("BK--", "BK--", "BK-") if more else ()))
     outputs = _Seen("BK-", "BK-", "BK-" if with_key else None, "BK--" if with_logits else None)
     local = functools.partial(
         _attend_on_device,
@@ -164,8 +166,9 @@ def _attend(
         unrounded=unrounded,
         is_kept_set=bool(newest),
         has_rows=bool(asked),
+        has_rest=bool(more),
     )
-    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, slots, *newest, *asked)
+    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, slots, *newest, *asked, *more)
 
 
 def _attend_on_device(
@@ -173,7 +176,7 @@ def _attend_on_device(
     keys: Array,
     values: Array,
     slots: Array,
-    *newest_and_rows: Array,
+    *more: Array,
     most: int,
     replacing: bool,
     with_logits: bool,
@@ -181,8 +184,10 @@ def _attend_on_device(
     unrounded: bool,
     is_kept_set: bool,
     has_rows: bool,
+    has_rest: bool,
 ) -> _Seen:
     """`_attend` on one device's share of rows and heads."""
+    newest_and_rows, rest = more[: len(more) - 3 * has_rest], more[len(more) - 3 * has_rest :]
     batch, heads, dim = q.shape
     kv_heads = keys.shape[1]
     groups = heads // kv_heads
@@ -207,7 +212,7 @@ def _attend_on_device(
         padded = programs * share * split.block
         shapes.append(jax.ShapeDtypeStruct((batch, kv_heads, group_rows, padded), jnp.float32))
     moved = batch * kv_heads * count * dim * (keys.dtype.itemsize + values.dtype.itemsize)
-    peaks, totals, *rest = triton_call.call(
+    peaks, totals, *sums = triton_call.call(
         _attend_part,
         [*newest_and_rows, q.reshape(batch, kv_heads, groups, dim), keys, values, slots],
         shapes,
@@ -226,15 +231,19 @@ def _attend_on_device(
         replacing=replacing,
         with_key=with_key,
     )
-    logits = rest.pop()[:, :, :groups, :count] if with_logits else None
+    logits = sums.pop()[:, :, :groups, :count] if with_logits else None
     dtype = jnp.dtype(jnp.float32) if unrounded else q.dtype
-    sides = [_merge(side, peaks, totals, groups, dim, dtype) for side in rest]
+    also = (q.reshape(batch, kv_heads, groups, dim), *rest) if rest else ()
+    sides = [_merge(side, peaks, totals, also, groups, dim, dtype) for side in sums]
     (out, normaliser), key = sides[0], sides[1][0].reshape(q.shape) if with_key else None
     return _Seen(out.reshape(q.shape), normaliser, key, logits)
 
 
-def _merge(outs: Array, peaks: Array, totals: Array, groups: int, dim: int, dtype: Any) -> tuple[Array, Array]:
-    """The output [B, K, G, H] of all parts, and its logsumexp [B, K, G]."""
+def _merge(
+    outs: Array, peaks: Array, totals: Array, also: tuple[Array, ...], groups: int, dim: int, dtype: Any
+) -> tuple[Array, Array]:
+    """The output [B, K, G, H] of all parts, and its logsumexp [B, K, G]. `also`: the queries, and the key, the value
+    and the bias of one more token for each of them."""
     batch, kv_heads = outs.shape[:2]
     # a power of two of lanes: what lies past the head dim is cut off
     shapes = [
@@ -243,15 +252,14 @@ def _merge(outs: Array, peaks: Array, totals: Array, groups: int, dim: int, dtyp
     ]
     grid = (batch, kv_heads, groups)
     out, normaliser = triton_call.call(
-        _merge_parts, [outs, peaks, totals], shapes, grid, "attention_parts", warps=4, stages=1, dim=dim
+        _merge_parts, [outs, peaks, totals, *also], shapes, grid, "attention_parts", warps=4, stages=1, dim=dim
     )
     return out[..., :dim], normaliser
 
 
-def _merge_parts(
-    outs_ref: Any, peaks_ref: Any, totals_ref: Any, out_ref: Any, normaliser_ref: Any, *, dim: int
-) -> None:
+def _merge_parts(outs_ref: Any, peaks_ref: Any, totals_ref: Any, *refs: Any, dim: int) -> None:
     """One program: a query head."""
+    *also_refs, out_ref, normaliser_ref = refs
     row, head, query = (pl.program_id(axis) for axis in range(3))
     parts, lane = outs_ref.shape[2], jnp.arange(_power(dim))
     part = jnp.arange(pl.next_power_of_2(parts))
@@ -262,10 +270,21 @@ def _merge_parts(
     index = (row, head, part_in_range[:, None], query, lane_in_range[None, :])
     outs = plt.load(outs_ref.at[index], mask=is_part[:, None], other=0)
     peak = jnp.max(peaks)
+    logit = None
+    if also_refs:  # as `Remainder.added`
+        query_ref, key_ref, value_ref, bias_ref = also_refs
+        query_vector, key, value = (
+            plt.load(ref.at[row, head, query, lane_in_range], mask=lane < dim, other=0).astype(jnp.float32)
+            for ref in (query_ref, key_ref, value_ref)
+        )
+        logit = jnp.sum(query_vector * key) * dim**-0.5 + plt.load(bias_ref.at[row, head, query])
+        peak = jnp.maximum(peak, logit)
     weights = jnp.exp(peaks - peak)
-    total = jnp.sum(totals * weights)
+    total, out = jnp.sum(totals * weights), jnp.sum(outs * weights[:, None], axis=0)
+    if logit is not None:
+        total, out = total + jnp.exp(logit - peak), out + jnp.exp(logit - peak) * value
     total = jnp.where(total > 0, total, 1)  # a row that is not asked for
-    out = jnp.sum(outs * weights[:, None], axis=0) / total
+    out = out / total
     plt.store(out_ref.at[row, head, query, lane], out.astype(out_ref.dtype))
     plt.store(normaliser_ref.at[row, head, query], peak + jnp.log(total))
 

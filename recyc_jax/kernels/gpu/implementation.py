@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.attention.kept import KeptSlots, Reads
-from recyc_jax.attention.remainder import Moments
+from recyc_jax.attention.remainder import Moments, Remainder
 from recyc_jax.cache import LayerCache
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import decode_attention, decoder_layers, prefill_attention, top_slots
@@ -28,6 +28,11 @@ class KeptSlotsByKernel(KeptSlots):
 
     def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
         return decode_attention.kept_moments(q, cached.keys, cached.values, self.slots, reads, with_key)
+
+    def attend_also(
+        self, rest: Remainder, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads
+    ) -> Float[Array, "B N H"]:
+        return decode_attention.kept(q, cached.keys, cached.values, self.slots, reads, rest=rest)
 
 
 def _fits_prefill(q: Array) -> bool:

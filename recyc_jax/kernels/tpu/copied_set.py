@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention import reference, selection
 from recyc_jax.attention.kept import Reads, newest
-from recyc_jax.attention.remainder import Moments
+from recyc_jax.attention.remainder import Moments, Remainder
 from recyc_jax.cache import LayerCache, Leaf
 
 FEW = 128
@@ -77,6 +77,20 @@ class CopiedSet:
     def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
         """As `KeptSlots.moments`."""
         return reference.moments(q, self._pieces(cached, reads)[0], with_key)
+
+    def attend_also(
+        self, rest: Remainder, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads
+    ) -> Float[Array, "B N H"]:
+        """As `KeptSlots.attend_also`; as in `attend`, a short piece of the cache is read while it holds all new
+        tokens."""
+        if reads.most <= 2 * FEW:
+            return rest.added(q, self.moments(q, cached, reads))
+        few = jnp.max(reads.length - reads.first) <= FEW
+        return lax.cond(
+            few,
+            lambda: rest.added(q, self.moments(q, cached, reads._replace(most=FEW))),
+            lambda: rest.added(q, self.moments(q, cached, reads)),
+        )
 
     def _pieces(self, cached: LayerCache, reads: Reads) -> tuple[tuple[Any, Any], Array]:
         """What `reads` names as two pieces of one softmax: the copies, and the newest slots, which are read from the
