@@ -90,6 +90,50 @@ def test_without_groups_mean_and_maximum_are_one(tokens):
     np.testing.assert_allclose(mean, maximum, atol=1e-4)
 
 
+@pytest.mark.parametrize("option", ["", ",slope=0", ",head=false", ",shared=0", ",vote=1", ",reserve=0"])
+def test_without_options_the_combined_rule_is_look_ahead_with_memory(params, config, tokens, option):
+    plain = rj.parse_policy("recycled:budget=9,stride=5,lookahead=auto,window=32,decay=1")
+    idea = rj.parse_policy(f"idea_combined:budget=9,stride=5,lookahead=auto,decay=1{option}")
+    one, other = (scored(params, config, tokens, policy).log_probabilities for policy in (plain, idea))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["anchor=0", "slope=0.5", "vote=4", "sum=true", "head=true", "shared=3", "reserve=0.6,reach=3", "tail=zero"],
+)
+def test_each_option_makes_a_difference(params, config, tokens, option):
+    plain, changed = "idea_combined:budget=9,stride=5,lookahead=3,decay=1,pool=1", f",{option}"
+    one, other = (
+        scored(params, config, tokens, rj.parse_policy(text)).log_probabilities for text in (plain, plain + changed)
+    )
+    assert np.abs(np.asarray(one) - np.asarray(other)).max() > 1e-4
+
+
+def test_the_tail_to_first_order_is_the_remainder_of_look_ahead(params, config, tokens):
+    idea = rj.parse_policy("idea_combined:budget=9,stride=5,lookahead=3,decay=1,tail=first")
+    named = rj.parse_policy("lookahead:budget=9,stride=5,lookahead=3")
+    one, other = (scored(params, config, tokens, policy).log_probabilities for policy in (idea, named))
+    np.testing.assert_allclose(one, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["idea_coverage", "idea_share"])
+def test_schedules_by_coverage_lie_between_their_bounds(params, config, tokens, name):
+    """A goal that cannot be missed (or is always missed) gives the longest (or the shortest) intervals."""
+    always, never = ("0", "1.1") if name == "idea_coverage" else ("1.1", "0")
+    rare, often = (
+        scored(params, config, tokens, rj.parse_policy(f"{name}:budget=9,check_every=3,longest=12,goal={goal}"))
+        for goal in (always, never)
+    )
+    # 19 steps: at 3, 9 (waits of 3, 6 and 12) or, by share, at 12 alone; against every third
+    assert rare.full_steps.tolist() == [[2 if name == "idea_coverage" else 1] * 2] * 2
+    assert often.full_steps.tolist() == [[6] * 2] * 2
+    fixed = rj.parse_policy("lookahead:budget=9,stride=3,lookahead=49")
+    np.testing.assert_allclose(
+        often.log_probabilities, scored(params, config, tokens, fixed).log_probabilities, atol=1e-4
+    )
+
+
 def test_the_command_is_ruler_with_more_policies(call_module, tmp_path, monkeypatch):
     """`eval.ideas` knows the additional policies, `eval.ruler` does not."""
     for name in rules.IDEAS:

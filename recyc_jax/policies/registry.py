@@ -74,7 +74,7 @@ class Options:
         if value == "auto":
             self.values.pop("lookahead", None)
             return "auto"
-        return self.integer("lookahead", 0)
+        return self.integer("lookahead", value if isinstance(value, int) else None)
 
     def schedule(self) -> FixedStride | QuerySimilarity:
         """The schedule that `stride`, or `check_every` and `threshold`, describe."""
