@@ -340,7 +340,7 @@ class Lookahead(Recycled):
 
     def __init__(self, config, budget, stride, lookahead="auto", window=32, decay=1.0, pool=7, remainder=True):
         if lookahead == "auto":
-            lookahead = max(stride - 1, 24)
+            lookahead = max(stride - 1, min(24, budget // 32))
         super().__init__(config, budget, stride, pool=pool, lookahead=lookahead, window=window, decay=decay)
         self.remainder = remainder
 

@@ -105,6 +105,15 @@ def test_bad_strings_say_what_is_wrong(text, message):
     assert repr(text) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("budget", "stride", "ahead"),
+    [(1024, 50, 49), (1024, 10, 24), (4096, 1, 24), (512, 10, 16), (128, 10, 9), (1, 1, 0)],
+)
+def test_how_far_ahead_by_default(budget, stride, ahead):
+    assert rj.Lookahead(budget, stride).ahead == ahead
+    assert rj.Lookahead(budget, stride, lookahead=7).ahead == 7
+
+
 def test_a_fraction_needs_a_length():
     with pytest.raises(ValueError, match="needs a length"):
         rj.parse_policy("recycled:budget=0.125,stride=10")

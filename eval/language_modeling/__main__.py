@@ -42,8 +42,8 @@ class Config:
     out."""
     policies: tuple[str, ...] = (
         "full",
+        "lookahead:budget=0.125,stride=10",
         "recycled:budget=0.125,stride=10",
-        "recycled:budget=0.125,stride=10,lookahead=auto",
         "streaming_llm:budget=0.125",
     )
     """Policies, separated by spaces; a budget with a decimal point is a fraction of the length."""

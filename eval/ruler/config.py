@@ -26,8 +26,8 @@ class Config:
     """Samples per task and length."""
     policies: tuple[str, ...] = (
         "full",
+        "lookahead:budget=0.125,stride=10",
         "recycled:budget=0.125,stride=10",
-        "recycled:budget=0.125,stride=10,lookahead=auto",
     )
     """Policies, separated by spaces; a budget with a decimal point is a fraction of the length."""
     template: Literal["base", "chat"] = "base"

@@ -19,7 +19,7 @@ class Config:
     batch: int = 1
     lengths: str = "2048,4096,8192"
     """Comma-separated total lengths: tokens in the cache during the steps."""
-    policies: tuple[str, ...] = ("full", "recycled:budget=512,stride=10", "recycled:budget=512,stride=50")
+    policies: tuple[str, ...] = ("full", "lookahead:budget=512,stride=50", "recycled:budget=512,stride=50")
     estimate: bool = False
     """Run nothing; print the least time of the steps on `--device`, and from which length and batch recycling pays."""
     device: Literal["v5e", "v5p", "v6e", "h100", "h200"] = "h100"

@@ -29,8 +29,10 @@ from recyc_jax.policies.recycled_parts import RecycledState, States
 from recyc_jax.policies.schedules import FixedStride
 from recyc_jax.validation import whole_number
 
-LEAST_AHEAD = 24
-"""The look-ahead of short strides: an item that is copied, such as a number or an identifier, is that long."""
+ITEM = 24
+"""The look-ahead of short strides, if the budget has room: the length of a copied item, such as an identifier."""
+ITEMS = 32
+"""With room for fewer attended tokens and what follows each, a longer look-ahead costs more than it gains."""
 
 
 @flax.struct.dataclass
@@ -55,7 +57,8 @@ class Lookahead(Policy):
     for all others.
 
     `budget` counts the cached tokens that a partial step reads per layer and key/value head, the new one included.
-    `lookahead` is the number of tokens kept after each attended one; "auto" is the larger of `stride - 1` and 24.
+    `lookahead` is the number of tokens kept after each attended one; "auto" covers the steps until the next full one,
+    and is 24 at least, or `budget // 32` if that is less.
     `window`, `decay` and `pool` are those of `RecycledAttention`. `remainder=False` leaves the rest out, as
     `RecycledAttention` does."""
 
@@ -79,7 +82,9 @@ class Lookahead(Policy):
     @property
     def ahead(self) -> int:
         """The number of tokens kept after each attended one."""
-        return max(self.stride - 1, LEAST_AHEAD) if self.lookahead == "auto" else self.lookahead
+        if self.lookahead == "auto":
+            return max(self.stride - 1, min(ITEM, self.budget // ITEMS))
+        return self.lookahead
 
     @property
     def _rule(self) -> RecycledAttention:

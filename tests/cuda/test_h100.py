@@ -123,6 +123,8 @@ def test_layers_that_decide_ask_no_cond(h100):
         ("llama-3.1-8b", 1, 131072, RECYCLED),
         ("llama-3.1-8b", 8, 32768, RECYCLED),
         ("llama-3.1-8b", 1, 32768, rj.RecycledAttention(4096, rj.QuerySimilarity(10, 0.8))),
+        ("llama-3.1-8b", 1, 131072, rj.Lookahead(4096, 50)),
+        ("qwen2.5-0.5b", 8, 32768, rj.Lookahead(1024, 10)),
         ("llama-3.1-8b", 1, 32768, rj.SnapKV(4096, window=32)),
         ("llama-3.1-8b", 1, 32768, rj.StreamingLLM(4096, full_stride=10)),
         ("smollm2-135m", 1, 8192, rj.RecycledAttention(512, rj.FixedStride(50))),

@@ -37,6 +37,7 @@ NEW = 128  # room in the cache for new tokens
 BUDGET = 4096
 POLICIES: dict[str, Any] = {
     "full": rj.FullAttention(),
+    "lookahead": rj.Lookahead(BUDGET, 50),
     "recycled": rj.RecycledAttention(BUDGET, rj.FixedStride(10)),
     "dynamic": rj.RecycledAttention(BUDGET, rj.QuerySimilarity(5, 0.85)),
     "streaming_llm": rj.StreamingLLM(BUDGET),

@@ -23,6 +23,7 @@ ON = [("llama-3.2-1b", "v5e"), ("llama-3.2-1b", "v6e"), ("llama-3.1-8b", "v5e 2x
 
 
 OTHERS = [("recycled", model, "v6e 2x2") for model in ("qwen3-8b", "gemma-3-12b")]
+OTHERS += [("lookahead", "llama-3.2-1b", "v6e")]
 PROGRAMS = [(name, *on) for name in ("prefill", "full", "recycled", "dynamic") for on in ON] + OTHERS
 
 

@@ -1,0 +1,1 @@
+"""Tables and figures over the rows of several RULER runs: `python -m eval.comparison`."""
