@@ -88,7 +88,7 @@ def test_a_damaged_configuration_is_named(tmp_path, content):
 def test_dumped_samples_come_back_whatever_is_in_them(tmp_path):
     odd = Sample(0, "a\u2028b\x85c", " d", ("e\u2029",), 9)
     samples.write(tmp_path, 100, "vt", [odd], 0, len)
-    (back,) = samples.read(tmp_path, 100, "vt", 5, len, 3, None)
+    (back,) = samples.read(tmp_path, 100, "vt", 5, lambda texts: [len(text) for text in texts], 3, None)
     assert (back.input, back.answer_prefix, back.outputs) == (odd.input, odd.answer_prefix, odd.outputs)
     assert back.length == len(odd.prompt) + 3
     assert json.loads((tmp_path / "100/data/vt/validation.jsonl").read_text(encoding="utf-8"))["index"] == 0
