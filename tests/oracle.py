@@ -365,6 +365,10 @@ class Lookahead(Recycled):
                 total, chances = np.logaddexp.reduce(logits), np.exp(_log_softmax(logits))
                 key = chances @ keys
                 bias = total - key @ query / np.sqrt(self.c.head_dim)
+                every = np.logaddexp.reduce(np.array(decoder.keys[layer][head]) @ query / np.sqrt(self.c.head_dim))
+                if np.exp(total - every) < 1e-4:  # our decision: less than this is nothing
+                    bias = -np.inf
+                self.gap = min(self.gap, 10 * abs(np.exp(total - every) - 1e-4))
                 decoder.rest.setdefault((layer, head), []).append((key, chances @ values, bias))
 
 

@@ -84,15 +84,17 @@ def check(model, policy, reference, prompt, new_tokens=NEW):
     kind, options = reference
     trace = oracle.run(params, config, prompt, kind(config, **options), new_tokens)
     out = rj.generate(params, config, [prompt], policy=policy, max_new_tokens=new_tokens, eos_ids=())
-    # float32 against float64: after a choice with a margin below 1e-5, either outcome is right
-    sure = sum(gap > 1e-5 for gap in trace.least_gap)
+    # float32 against float64: after a choice with a smaller margin, either outcome is right
+    sure = sum(gap > (1e-4 if isinstance(policy, rj.Lookahead) else 1e-5) for gap in trace.least_gap)
     assert np.asarray(out.tokens)[0, :sure].tolist() == trace.tokens[:sure]
     if sure == new_tokens:
         assert np.asarray(out.full_steps).tolist() == [trace.full_steps]
     tokens = np.asarray([prompt + trace.tokens])
     got = np.asarray(rj.score(params, config, tokens, policy=policy, context_length=len(prompt)))[0]
     expected = [row[token] - np.logaddexp.reduce(row) for row, token in zip(trace.logits, trace.tokens, strict=True)]
-    np.testing.assert_allclose(got[:sure], expected[:sure], atol=1e-4)
+    # the rest is a difference of two float32 sums, whose error grows as its probability falls to `remainder.LEAST`
+    atol = 1e-3 if isinstance(policy, rj.Lookahead) else 1e-4
+    np.testing.assert_allclose(got[:sure], expected[:sure], atol=atol)
     return sure, trace
 
 
