@@ -25,10 +25,8 @@ class Watched:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByCoverage(Policy):
-    """`Lookahead`, where each layer of each row waits twice as long for its next full step if the kept set covered, the
-    mean over heads, at least `goal` of this full step's attention, and half as long otherwise: from `check_every` to
-    `rule.stride` steps."""
+class Scheduled(Policy):
+    """`Lookahead` whose full steps another schedule decides, every `check_every` steps."""
 
     rule: Lookahead
     check_every: int
@@ -41,6 +39,13 @@ class ByCoverage(Policy):
     @property
     def needs(self) -> PromptNeeds:
         return self.rule.needs
+
+
+@dataclasses.dataclass(frozen=True)
+class ByCoverage(Scheduled):
+    """`Lookahead`, where each layer of each row waits twice as long for its next full step if the kept set covered, the
+    mean over heads, at least `goal` of this full step's attention, and half as long otherwise: from `check_every` to
+    `rule.stride` steps."""
 
     def start(self, attention: Implementation, prompt: Any, caches: Caches) -> Any:
         states = self.rule.start(attention, prompt, caches)
@@ -67,22 +72,10 @@ class ByCoverage(Policy):
 
 
 @dataclasses.dataclass(frozen=True)
-class ByShare(Policy):
+class ByShare(Scheduled):
     """`Lookahead` that takes a full step, in each layer and row, where the token that stands for the rest takes more
     than `goal` of the softmax (the mean over heads); decided every `check_every` steps, and `rule.stride` steps after
     the last at the latest."""
-
-    rule: Lookahead
-    check_every: int
-    goal: float
-
-    @property
-    def period(self) -> int:
-        return self.check_every
-
-    @property
-    def needs(self) -> PromptNeeds:
-        return self.rule.needs
 
     def start(self, attention: Implementation, prompt: Any, caches: Caches) -> Any:
         return self.rule.start(attention, prompt, caches)
