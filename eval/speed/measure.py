@@ -25,6 +25,8 @@ from recyc_jax.commands.plotting import plot
 
 STEPS = 40
 """Decode steps that are timed, rounded up to whole periods."""
+NEVER = 2**30
+"""The stride of a policy without full steps."""
 COLUMNS = {
     "full_ms": "full",
     "partial_ms": "partial",
@@ -135,7 +137,7 @@ def _with_few_and_many_full_steps(policy: rj.Lookahead | rj.RecycledAttention) -
     """The policy without a full step, and with one at every second step; look-ahead stays as it is."""
     if isinstance(policy, rj.Lookahead):
         fixed = dataclasses.replace(policy, lookahead=policy.ahead)
-        return dataclasses.replace(fixed, stride=2**30), dataclasses.replace(fixed, stride=2)
+        return dataclasses.replace(fixed, stride=NEVER), dataclasses.replace(fixed, stride=2)
     ahead = policy.period - 1 if policy.lookahead == "auto" else policy.lookahead
     return rj.SnapKV(policy.budget), dataclasses.replace(policy, schedule=rj.FixedStride(2), lookahead=ahead)
 
@@ -180,7 +182,8 @@ def mean_ms(
     The time of a step comes from two runs that differ by whole periods, so what precedes the first step cancels out.
     """
     implementation = _implementation(config)
-    period = policy.period or 10  # without deciding steps, all steps are alike
+    period = policy.period or NEVER
+    period = 10 if period == NEVER else period  # without deciding steps, all steps are alike
     short = 1 + period
     long = short + -(-STEPS // period) * period
     state = measuring.filled(model, params, policy, config.batch, length, long, implementation, config.seed)
