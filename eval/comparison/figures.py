@@ -32,14 +32,15 @@ def _family(point: Point) -> str:
 
 
 def _by_budget(point: Point) -> str:
-    name = point.text.partition(":")[0]
-    dynamic = ", by query similarity" if "check_every" in point.text else ""
-    return f"{name}, {getattr(point.policy, 'budget', 'all')} tokens{dynamic}"
+    name, _, options = point.text.partition(":")
+    rest = [option for option in options.split(",") if option.partition("=")[0] not in ("budget", "stride")]
+    return ", ".join([name, f"{getattr(point.policy, 'budget', 'all')} tokens", *rest])
 
 
 def _draw(
     path: Path, points: Sequence[Point], line_of: Callable[[Point], str], place: Callable[[Point], float], label: str
 ) -> None:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -51,6 +52,7 @@ def _draw(
         else:
             lines.setdefault(line_of(point), []).append(point)
     styles = {"lookahead": ("o", "-"), "recycled": ("s", "-"), "quest": ("^", ":"), "top_k": ("v", ":")}
+    axes.set_prop_cycle(color=colormaps["tab20"].colors if len(lines) > 10 else colormaps["tab10"].colors)
     for name, some in lines.items():
         some = sorted(some, key=place)
         marker, line = styles.get(name.partition(":")[0].partition(",")[0], ("x", "-"))
