@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recyc_jax.config import LlamaConfig, RopeScaling
-    from recyc_jax.generation import Generation, decode, generate
+    from recyc_jax.generation import Generation, ScoredGeneration, decode, generate
     from recyc_jax.loading.pretrained import PretrainedLM, load_pretrained
     from recyc_jax.model import forward, init_params
     from recyc_jax.policies.base import Policy
@@ -21,13 +21,25 @@ if TYPE_CHECKING:
     from recyc_jax.policies.streaming_llm import StreamingLLM
     from recyc_jax.policies.top_k import TopK
     from recyc_jax.prefilling import Prefilled, prefill
-    from recyc_jax.sampling import Greedy, Sample
+    from recyc_jax.sampling import (
+        Chain,
+        CountPenalty,
+        Greedy,
+        LogitBias,
+        MinNewTokens,
+        Processor,
+        RepetitionPenalty,
+        Sample,
+        chain,
+    )
     from recyc_jax.scoring import Scores, score, score_after
+    from recyc_jax.streaming import Piece, Stream, stream, stream_after
+    from recyc_jax.turns import bookmark, extend, rewind, with_room
 
 # Loaded when first used, so that a command line answers `--help` before JAX is imported.
 _PUBLIC = {
     "recyc_jax.config": ("LlamaConfig", "RopeScaling"),
-    "recyc_jax.generation": ("Generation", "decode", "generate"),
+    "recyc_jax.generation": ("Generation", "ScoredGeneration", "decode", "generate"),
     "recyc_jax.loading.pretrained": ("PretrainedLM", "load_pretrained"),
     "recyc_jax.model": ("forward", "init_params"),
     "recyc_jax.policies.base": ("Policy",),
@@ -42,8 +54,13 @@ _PUBLIC = {
     "recyc_jax.policies.streaming_llm": ("StreamingLLM",),
     "recyc_jax.policies.top_k": ("TopK",),
     "recyc_jax.prefilling": ("Prefilled", "prefill"),
-    "recyc_jax.sampling": ("Greedy", "Sample"),
+    "recyc_jax.sampling": (
+        *("Chain", "CountPenalty", "Greedy", "LogitBias", "MinNewTokens", "Processor", "RepetitionPenalty", "Sample"),
+        "chain",
+    ),
     "recyc_jax.scoring": ("Scores", "score", "score_after"),
+    "recyc_jax.streaming": ("Piece", "Stream", "stream", "stream_after"),
+    "recyc_jax.turns": ("bookmark", "extend", "rewind", "with_room"),
 }
 _MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
 _SUBMODULES = ("attention", "cache", "config", "model", "policies", "prompts", "rope", "sampling", "sharding")
@@ -51,33 +68,49 @@ _MOVED = ("export", "fetch", "gguf_convert", "gguf_tokenizer", "pretrained")
 
 __all__ = [
     "H2O",
+    "Chain",
+    "CountPenalty",
     "FixedStride",
     "FullAttention",
     "Generation",
     "Greedy",
     "LlamaConfig",
+    "LogitBias",
     "Lookahead",
+    "MinNewTokens",
+    "Piece",
     "Policy",
     "Prefilled",
     "PretrainedLM",
+    "Processor",
     "QuerySimilarity",
     "Quest",
     "RecycledAttention",
+    "RepetitionPenalty",
     "RopeScaling",
     "Sample",
+    "ScoredGeneration",
     "Scores",
     "SnapKV",
+    "Stream",
     "StreamingLLM",
     "TopK",
+    "bookmark",
+    "chain",
     "decode",
+    "extend",
     "forward",
     "generate",
     "init_params",
     "load_pretrained",
     "parse_policy",
     "prefill",
+    "rewind",
     "score",
     "score_after",
+    "stream",
+    "stream_after",
+    "with_room",
 ]
 
 

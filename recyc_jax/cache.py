@@ -15,6 +15,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
@@ -76,19 +77,50 @@ class LayerCache:
             keys, values = (with_layout_constraint(one.swapaxes(2, 3), _AS_STORED) for one in (keys, values))
         return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
-    def append(self, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], slot: Int[Array, ""]) -> LayerCache:
-        """The cache with T tokens written from `slot` on; T = 1 in a ring."""
+    def append(
+        self,
+        k: Float[Array, "B T K H"],
+        v: Float[Array, "B T K H"],
+        slot: Int[Array, ""],
+        is_new: Bool[Array, "B T"] | None = None,
+    ) -> LayerCache:
+        """The cache with T tokens written from `slot` on; T = 1 in a ring. Slots that are not new stay as they are."""
         zero, slot = jnp.zeros((), jnp.int32), self.place(slot)
         axes, begin = ((0, 2, 1, 3), (zero, zero, slot, zero))
         if self.slots_last:
             axes, begin = (0, 2, 3, 1), (zero, zero, zero, slot)
-        written = [
-            lax.dynamic_update_slice(stored, new.transpose(axes), begin)
-            for stored, new in ((self.stored_keys, k), (self.stored_values, v))
-        ]
+
+        def written(stored: Array, new: Array) -> Array:
+            new = new.transpose(axes)
+            if is_new is not None:
+                before = lax.dynamic_slice(stored, begin, new.shape)
+                new = jnp.where(is_new[:, :, None, None].transpose(axes), new, before)
+            stored = lax.dynamic_update_slice(stored, new, begin)
+            return with_layout_constraint(stored, _AS_STORED) if self.slots_last else stored
+
+        return dataclasses.replace(
+            self, stored_keys=written(self.stored_keys, k), stored_values=written(self.stored_values, v)
+        )
+
+    def shifted(self, by: Int[Array, " B"]) -> LayerCache:
+        """The cache with every row's tokens `by` slots further on (or back); what leaves at one end comes in at the
+        other."""
+        axis = 2 if self.slots_last else 1
+
+        def roll(stored: Array) -> Array:
+            return jax.vmap(lambda row, steps: jnp.roll(row, steps, axis=axis))(stored, by)
+
+        return dataclasses.replace(self, stored_keys=roll(self.stored_keys), stored_values=roll(self.stored_values))
+
+    def grown(self, capacity: int) -> LayerCache:
+        """The cache with `capacity` slots (a ring: with as many places as its window needs for these)."""
+        wanted = capacity if self.window is None else min(self.window, capacity)
         if self.slots_last:
-            written = [with_layout_constraint(stored, _AS_STORED) for stored in written]
-        return dataclasses.replace(self, stored_keys=written[0], stored_values=written[1])
+            wanted = -(-wanted // TILE) * TILE
+        pads = [(0, 0)] * 4
+        pads[3 if self.slots_last else 2] = (0, max(0, wanted - self.capacity))
+        keys, values = (jnp.pad(stored, pads) for stored in (self.stored_keys, self.stored_values))
+        return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
     def newest(self, length: Int[Array, ""], count: int) -> tuple[Array, Array, Int[Array, " R"]]:
         """Keys and values [B, K, R, H] of a run of slots that includes the last `count` of the `length` slots written,

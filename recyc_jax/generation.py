@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Key
+from jaxtyping import Array, Int, Key
 
 from recyc_jax import generation_loop, implementations
 from recyc_jax.cache import KVCache
@@ -21,8 +22,8 @@ from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.registry import as_policy
-from recyc_jax.prefilling import Prefilled, prefill
-from recyc_jax.sampling import Greedy, Sample, independent
+from recyc_jax.prefilling import Answer, Prefilled, columns, prefill
+from recyc_jax.sampling import Greedy, OfFunction, Sample, as_chain, independent
 from recyc_jax.validation import whole_number
 
 
@@ -35,6 +36,18 @@ class Generation(NamedTuple):
     # the layers with full attention, not those with a sliding window
 
 
+class ScoredGeneration(NamedTuple):
+    """What `generate` returns with `top_log_probabilities`: a `Generation`, and the log-probabilities under the model
+    itself."""
+
+    tokens: Array
+    lengths: Array
+    full_steps: Array
+    log_probabilities: Array  # float32 [B, max_new_tokens]: of each token
+    top_tokens: Array  # int32 [B, max_new_tokens, n]: the n most likely ones in each place
+    top_log_probabilities: Array  # float32 [B, max_new_tokens, n]
+
+
 def generate(
     params: Params,
     config: LlamaConfig,
@@ -42,14 +55,16 @@ def generate(
     *,
     policy: Policy | str = FullAttention(),
     max_new_tokens: int = 64,
-    sampling: Greedy | Sample = Greedy(),
+    sampling: Any = Greedy(),
     eos_ids: Any = None,
     pad_id: int = 0,
     key: Any = None,
     prompt_lengths: Any = None,
     implementation: str | None = None,
     allow_beyond_context: bool = False,
-) -> Generation:
+    top_log_probabilities: int | None = None,
+    stop: Sequence[Sequence[int]] = (),
+) -> Generation | ScoredGeneration:
     """New tokens after each prompt under a policy, or under the policy that a string names (`parse_policy`).
 
     `prompts` is a list of ragged token-id lists (padded to a bucket of lengths: two calls of one bucket compile
@@ -59,12 +74,16 @@ def generate(
     under every policy and in every dtype. Alone or in a batch of another shape they are the same up to rounding, since
     matrix products then sum in another order: float32 tokens differ only where two choices nearly tie, bfloat16 tokens
     often do within a few to some tens of steps.
-    `eos_ids` is one id or several; None takes the config's, `()` none. `key` is one PRNG key or one per row. Raises
-    ValueError naming the argument at fault, before the prompts are read; also for prompts that with their new tokens
-    exceed the model's context, unless `allow_beyond_context`.
+    `sampling` is `Greedy()`, `Sample(...)`, a `chain` of processors and one of these, or a pure function (`sampling.py`).
+    `eos_ids` is one id or several; None takes the config's, `()` none. `stop` are sequences of token ids that end a row
+    too, the sequence included. `top_log_probabilities=n` also gives each token's log-probability, and the n most likely
+    tokens of each place with theirs (0: none); they are the model's own, before `sampling`. `key` is one PRNG key or one
+    per row.
+    Raises ValueError naming the argument at fault, before the prompts are read; also for prompts that with their new
+    tokens exceed the model's context, unless `allow_beyond_context`.
     """
     policy = as_policy(policy)
-    _sampling_arguments(config, sampling, eos_ids, pad_id, key, None)  # only its checks, before the prompts are read
+    check_sampling(config, sampling, eos_ids, pad_id, key)
     state = prefill(
         params,
         config,
@@ -85,6 +104,8 @@ def generate(
         pad_id=pad_id,
         key=key,
         implementation=implementation,
+        top_log_probabilities=top_log_probabilities,
+        stop=stop,
     )
     return out
 
@@ -96,38 +117,81 @@ def decode(
     *,
     policy: Policy | str,
     max_new_tokens: int | None = None,
-    sampling: Greedy | Sample = Greedy(),
+    sampling: Any = Greedy(),
     eos_ids: Any = None,
     pad_id: int = 0,
     key: Any = None,
     implementation: str | None = None,
-) -> tuple[Generation, Prefilled]:
+    rewind: bool = True,
+    top_log_probabilities: int | None = None,
+    stop: Sequence[Sequence[int]] = (),
+) -> tuple[Generation | ScoredGeneration, Prefilled]:
     """New tokens after prefilled prompts, and the state rewound to the prompts, from which to decode again.
 
     `state` is donated: use the returned one from here on. `max_new_tokens` defaults to what prefill left room for.
-    Raises ValueError where it exceeds that, where the policy needs statistics that prefill was not asked to keep, and
-    where sampling lacks a key."""
+    With `rewind=False` the returned state stands at the end of the answer: `decode` goes on from there, under the same
+    policy and with the same keys, with the tokens that one longer call would make (rows that have ended get `pad_id`),
+    `extend` reads a further turn, and `rewind` goes back to the prompts. Raises ValueError where `max_new_tokens`
+    exceeds the room, where the policy needs statistics that prefill was not asked to keep or is another one than the
+    answer was begun under, and where sampling lacks a key."""
     policy = as_policy(policy)
     check_state(state, policy, implementation)
     new_tokens = state.room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
     if new_tokens > state.room:
         raise ValueError(f"max_new_tokens={new_tokens} must lie in 1..{state.room}: prefill made room for {state.room}")
+    if key is None and state.answer is not None:
+        key = state.answer.keys
     keys, eos, pad = _sampling_arguments(config, sampling, eos_ids, pad_id, key, state.logits.shape[0])
-    return decode_tokens(params, state, keys, config, policy, new_tokens, sampling, eos, pad, implementation)
+    width, room = columns(new_tokens), state.room
+    at_prompt = room if state.answer is None else state.answer.room
+    bound = None if rewind and state.answer is None else state.cache.capacity
+    limit = jnp.asarray(new_tokens, jnp.int32)
+    if new_tokens == 1 and state.answer is None:
+        width, limit = 1, None  # no step: a small program, after which a stream needs one more
+    top = None if top_log_probabilities is None else whole_number("top_log_probabilities", top_log_probabilities, 0)
+    stops = tuple(tuple(whole_number("stop", token, 0) for token in one) for one in stop)
+    if not all(stops):
+        raise ValueError(f"stop={stop!r} must be sequences of token ids, none of them empty")
+    arguments = (
+        keys,
+        config,
+        policy,
+        width,
+        as_chain(sampling),
+        eos,
+        pad,
+        implementation,
+        limit,
+        bound,
+        rewind,
+        top,
+        stops,
+    )
+    out, state = decode_tokens(params, state.without_room(), *arguments)
+    if width != new_tokens:
+        names = [name for name in out._fields if name not in ("lengths", "full_steps")]
+        out = out._replace(**{name: getattr(out, name)[:, :new_tokens] for name in names})
+    if state.answer is None:
+        return out, dataclasses.replace(state, room=at_prompt)
+    answer = dataclasses.replace(state.answer, room=at_prompt)
+    return out, dataclasses.replace(state, room=room - new_tokens, answer=answer)
 
 
 def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, policy: Policy | str) -> jax.stages.Lowered:
     """The program of `decode(params, config, state, policy=policy)`, traced but not compiled. Compiled, it is called with
-    `(params, state, None)`. Raises ValueError as `decode` does."""
+    `(params, state, None, as_chain(Greedy()))`. Raises ValueError as `decode` does."""
     policy = as_policy(policy)
     check_state(state, policy, None)
     _, eos, pad = _sampling_arguments(config, Greedy(), None, 0, None, None)
-    return decode_tokens.lower(params, state, None, config, policy, state.room, Greedy(), eos, pad, None)
+    return decode_tokens.lower(params, state, None, config, policy, state.room, as_chain(Greedy()), eos, pad, None)
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "policy", "new_tokens", "sampling", "eos_ids", "pad_id", "implementation"),
+    static_argnames=(
+        *("config", "policy", "new_tokens", "eos_ids", "pad_id", "implementation"),
+        *("bound", "rewind", "top", "stops"),
+    ),
     donate_argnames="state",
 )
 def decode_tokens(
@@ -137,34 +201,132 @@ def decode_tokens(
     config: LlamaConfig,
     policy: Policy,
     new_tokens: int,
-    sampling: Greedy | Sample,
+    sampling: Any,
     eos_ids: tuple[int, ...],
     pad_id: int,
     implementation: str | None,
-) -> tuple[Generation, Prefilled]:
-    """The program behind `decode`: `new_tokens` tokens, which take one decode step fewer."""
+    limit: Int[Array, ""] | None = None,
+    bound: int | None = None,
+    rewind: bool = True,
+    top: int | None = None,
+    stops: tuple[tuple[int, ...], ...] = (),
+) -> tuple[Generation | ScoredGeneration, Prefilled]:
+    """The program behind `decode`: `new_tokens` tokens a row, or `limit` of these; from prefill's logits on, they take
+    one decode step fewer."""
 
-    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Array, Array]:
-        token = jnp.where(carry.done, pad_id, sampling(logits, carry.keys, carry.step))
+    chained, rows = as_chain(sampling), state.logits.shape[0]
+
+    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Any, Array, Any]:
+        of_chain, recent = carry.sampling
+        token = jnp.where(carry.done, pad_id, chained.choose(logits, carry.keys, carry.step, of_chain))
         done = carry.done
         for eos in eos_ids:
             done = done | (token == eos)
-        return token, token, done
+        recent = jnp.concatenate([recent, token[:, None]], axis=1)[:, 1:]
+        for one in stops:
+            done = done | jnp.all(recent[:, recent.shape[1] - len(one) :] == jnp.asarray(one, jnp.int32), axis=1)
+        return token, _recorded(logits, token, top), done, (chained.update(of_chain, token), recent)
 
-    output = jnp.full((state.logits.shape[0], new_tokens), pad_id, jnp.int32)
-    attention = implementations.resolve(implementation)
-    end = generation_loop.run(params, config, state, policy, attention, choose, output, keys)
-    return Generation(end.output, end.lengths, end.full_steps), rewound(end.cache, state)
+    output = _columns(rows, new_tokens, pad_id, top)
+    attention, before = implementations.resolve(implementation), state.answer
+    loop = config, policy, attention, choose
+    if before is None:
+        recent = jnp.full((rows, max(map(len, stops), default=0)), -1, jnp.int32)
+        begun = (chained.start(state.seen, eos_ids), recent)
+        now = generation_loop.begin(state, *loop, output, keys, bound, begun)
+        last = None if limit is None else limit - 1
+    else:
+        # the pending token is that of step number `before.step`, and the next one is the first of this call
+        begun = before.step + 1
+        now = DecodeState(
+            state.cache,
+            before.policy_states,
+            before.token,
+            before.step,
+            begun,
+            before.done,
+            keys,
+            output,
+            before.lengths,
+            before.full_steps,
+            before.sampling,
+        )
+        last = before.step + (new_tokens if limit is None else limit)
+    end = generation_loop.proceed(params, *loop, state.row_lengths, now, last, bound)
+    lengths, full_steps = end.lengths, end.full_steps
+    if before is not None:
+        lengths, full_steps = lengths - before.lengths, full_steps - before.full_steps
+    tokens, *of_tokens = end.output
+    out = Generation(tokens, lengths, full_steps)
+    if top is not None:
+        out = ScoredGeneration(*out, *of_tokens)
+    return out, rewound_to(end.cache, state) if rewind else _standing(end, policy, state)
 
 
-def rewound(kv_cache: KVCache, start: Prefilled) -> Prefilled:
+def _columns(rows: int, new_tokens: int, pad_id: int, top: int | None) -> tuple[Array, ...]:
+    """Empty columns for what `_recorded` records."""
+    tokens = jnp.full((rows, new_tokens), pad_id, jnp.int32)
+    if top is None:
+        return (tokens,)
+    zeros = jnp.zeros((rows, new_tokens, top), jnp.float32)
+    return tokens, jnp.zeros((rows, new_tokens), jnp.float32), zeros.astype(jnp.int32), zeros
+
+
+def _recorded(logits: Array, token: Array, top: int | None) -> tuple[Array, ...]:
+    """The token, and its log-probability and the `top` most likely ones if asked for."""
+    if top is None:
+        return (token,)
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    its = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
+    best, ids = lax.top_k(log_probabilities, top)
+    return token, its, ids.astype(jnp.int32), best
+
+
+def _standing(end: DecodeState, policy: Policy, start: Prefilled) -> Prefilled:
+    """The state at the end of what has been decoded since `start`."""
+    before = start.answer
+    if before is None:
+        rings = tuple(layer for layer in start.cache.layers if layer.window is not None)
+        prompt_length = start.cache.length
+    else:
+        rings, prompt_length = before.rings, before.prompt_length
+    answer = Answer(
+        policy,
+        end.policy_states,
+        end.token,
+        end.step,
+        end.done,
+        end.keys,
+        end.lengths,
+        end.full_steps,
+        end.sampling,
+        prompt_length,
+        rings,
+        0,
+    )
+    return dataclasses.replace(start, cache=end.cache, answer=answer)
+
+
+def rewound(state: Prefilled) -> Prefilled:
+    """The state as it was when its prompts, or its last turn, had been read: from where `decode` begins a new answer.
+    `state` is not copied, and not to be used from here on."""
+    if state.answer is None:
+        return state
+    return dataclasses.replace(rewound_to(state.cache, state), room=state.answer.room)
+
+
+def rewound_to(kv_cache: KVCache, start: Prefilled) -> Prefilled:
     """The state as prefill left it: what decoding wrote beyond the prompt is no longer visible. The caches are handed
     back because the donated ones were written in place. Rings, in which new tokens overwrote the prompt's, are those of
-    the start, so XLA keeps a copy of them."""
-    layers = tuple(
-        now if now.window is None else before for now, before in zip(kv_cache.layers, start.cache.layers, strict=True)
-    )
-    return dataclasses.replace(start, cache=dataclasses.replace(kv_cache, layers=layers, length=start.cache.length))
+    the prompt's end, so XLA keeps a copy of them."""
+    if start.answer is None:
+        length, before = start.cache.length, [layer for layer in start.cache.layers if layer.window is not None]
+    else:
+        length, before = start.answer.prompt_length, start.answer.rings
+    rings = iter(before)
+    layers = tuple(layer if layer.window is None else next(rings) for layer in kv_cache.layers)
+    cache = dataclasses.replace(kv_cache, layers=layers, length=length)
+    return dataclasses.replace(start, cache=cache, answer=None)
 
 
 # --- checks of what the caller passes --------------------------------------------------------------------------------
@@ -181,6 +343,11 @@ def check_state(state: Prefilled, policy: Policy, implementation: str | None) ->
         )
     if not state.stats:  # every layer has a sliding window
         return
+    if state.answer is not None and state.answer.policy != policy:
+        raise ValueError(
+            f"this answer was begun under {state.answer.policy}: go on under it, or `rewind(state)` to the prompts to"
+            f" decode under {policy}"
+        )
     needs, stats = policy.needs, state.stats[0]
     missing = {
         "scores": not needs.windows <= stats.scores.keys(),
@@ -191,12 +358,19 @@ def check_state(state: Prefilled, policy: Policy, implementation: str | None) ->
         raise ValueError(f"{policy} needs the prompt's {what}: name it in prefill(policies=...)")
 
 
+def check_sampling(config: LlamaConfig, sampling: Any, eos_ids: Any, pad_id: Any, key: Any) -> None:
+    """Raise ValueError as `generate` does for these arguments, before prompts are read."""
+    _sampling_arguments(config, sampling, eos_ids, pad_id, key, None)
+
+
 def _sampling_arguments(
-    config: LlamaConfig, sampling: Greedy | Sample, eos_ids: Any, pad_id: Any, key: Any, batch: int | None
+    config: LlamaConfig, sampling: Any, eos_ids: Any, pad_id: Any, key: Any, batch: int | None
 ) -> tuple[Key[Array, " B"] | None, tuple[int, ...], int]:
     """The rows' keys, the end-of-sequence ids and the pad id. Raises ValueError naming the argument at fault. `batch`
     is None where it is not known yet: then no keys are made."""
-    keys = None if isinstance(sampling, Greedy) else _row_keys(key, batch)
+    sampler = as_chain(sampling).sampler
+    draws = isinstance(sampler, Sample) or (isinstance(sampler, OfFunction) and key is not None)
+    keys = _row_keys(key, batch) if draws else None
     if eos_ids is None:
         eos_ids = config.eos_token_ids
     elif isinstance(eos_ids, np.ndarray | jax.Array):

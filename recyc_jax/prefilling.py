@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
@@ -26,7 +27,35 @@ from recyc_jax.validation import whole_number
 
 PREFILL_CHUNK = 1024
 PREFILL_TOKENS = 16384  # B * chunk at most: bounds the activations of a chunk whatever the batch
+COLUMNS = 64  # numbers of new tokens are rounded up to multiples of this, so that few programs are compiled
 CHUNK_MULTIPLE = 64  # longer chunks are multiples of this: matrix units want whole tiles
+
+
+@flax.struct.dataclass
+class Read:
+    """What is kept of one layer while prompts are read, and for the turns that follow them."""
+
+    queries: Leaf  # [B, W, N, H]: the queries of the last W tokens read, after RoPE
+    q_before_rope: Leaf  # [B, N, H]: the query of the last token read, before RoPE
+    mass: Leaf | None  # float32 [B, K, G, S]: the attention that each key has received
+
+
+@flax.struct.dataclass
+class Answer:
+    """Where decoding stands in an answer: what the next call of `decode` goes on from."""
+
+    policy: Policy = flax.struct.field(pytree_node=False)
+    policy_states: tuple[Any, ...]  # of each layer with full attention
+    token: Leaf  # int32 [B]: chosen, not yet fed
+    step: Leaf  # int32 []: decode steps taken, one fewer than the tokens chosen
+    done: Leaf  # bool [B]: rows that have ended
+    keys: Any  # PRNG keys [B], or None
+    lengths: Leaf  # int32 [B]: new tokens of each row, its end-of-sequence token included
+    full_steps: Leaf  # int32 [B, L]
+    sampling: Any  # what processors carry from token to token
+    prompt_length: Leaf  # int32 []: slots written when the prompts had been read
+    rings: tuple[LayerCache, ...]  # the caches of the layers with a sliding window, at that time
+    room: int = flax.struct.field(pytree_node=False)  # new tokens that there was room for, at that time
 
 
 @flax.struct.dataclass
@@ -36,13 +65,18 @@ class Prefilled:
     cache: KVCache
     logits: Leaf  # float32 [B, V]: of each row's last prompt token
     stats: tuple[PromptStats, ...]  # what the named policies need, per layer with full attention
+    read: tuple[Read, ...]  # of the same layers
+    row_lengths: Leaf  # int32 [B]: the tokens of each row, the new ones that were asked for included
+    seen: Leaf  # bool [B, V]: the tokens that each row's prompt and turns have, for `sampling.Processor`
+    needs: PromptNeeds = flax.struct.field(pytree_node=False)  # those of the named policies
     prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
     room: int = flax.struct.field(pytree_node=False)  # new tokens that were asked for; the last one is never fed
+    answer: Answer | None = None  # where decoding stands, if it was told not to rewind
 
-    @property
-    def row_lengths(self) -> Array:
-        """The tokens of each row [B], the new ones that were asked for included."""
-        return self.prompt_slots + self.room - self.cache.starts
+    def without_room(self) -> Prefilled:
+        """The state as programs take it, which are not compiled for each number of new tokens."""
+        answer = None if self.answer is None else dataclasses.replace(self.answer, room=0)
+        return dataclasses.replace(self, room=0, answer=answer)
 
 
 def prefill(
@@ -76,7 +110,15 @@ def prefill(
         prompt_arrays.check_context(lengths, max_new_tokens, config)
     rows = tokens.shape[0]
     tokens, lengths = sharding.spread(tokens, "B-", rows), sharding.spread(lengths, "B", rows)
-    return read_prompts(params, tokens, lengths, config, max_new_tokens, needs, implementation)
+    state = read_prompts(
+        params, tokens, lengths, config, columns(max_new_tokens) + 1, needs, implementation, lengths + max_new_tokens
+    )
+    return dataclasses.replace(state, room=max_new_tokens)
+
+
+def columns(new_tokens: int) -> int:
+    """`new_tokens` rounded up to the sizes that programs are compiled for."""
+    return -(-new_tokens // COLUMNS) * COLUMNS
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "needs", "implementation"))
@@ -88,11 +130,13 @@ def read_prompts(
     max_new_tokens: int,
     needs: PromptNeeds,
     implementation: str | None,
+    row_lengths: Int[Array, " B"] | None = None,
 ) -> Prefilled:
-    """The program behind `prefill`."""
+    """The program behind `prefill`: the cache has room for `max_new_tokens`, the last of which is never fed. A row is
+    expected to have `row_lengths` tokens in the end (None: `max_new_tokens` new ones)."""
     attention = implementations.resolve(implementation)
     batch, width = tokens.shape
-    chunk, chunks = _chunks(batch, width)
+    chunk, chunks = chunks_of(batch, width)
     prompt_slots = chunks * chunk
     starts = prompt_slots - lengths
     # right-align: slot s of row b holds token s - starts[b]
@@ -105,12 +149,12 @@ def read_prompts(
         (cached, _nothing_read(config, batch, cached, needs) if cached.window is None else None)
         for cached in empty.layers
     )
-    row_lengths = lengths + max_new_tokens
+    row_lengths = lengths + max_new_tokens if row_lengths is None else row_lengths
 
     def read_chunk(index: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
         layers, _ = carry
         offset = index * chunk
-        read = functools.partial(_attend_chunk, attention, starts, offset)
+        read = functools.partial(attend_chunk, attention, starts, None, offset)
         attend = CachedAttention(offset, starts, attention, read)
         chunk_tokens = lax.dynamic_slice_in_dim(tokens, offset, chunk, axis=1)
         chunk_positions = lax.dynamic_slice_in_dim(positions, offset, chunk, axis=1)
@@ -123,12 +167,20 @@ def read_prompts(
     layers, hidden = lax.fori_loop(jnp.min(starts) // chunk, chunks, read_chunk, carry)
     length = jnp.asarray(prompt_slots, jnp.int32)
     of_full = [(cached, read) for cached, read in layers if cached.window is None]
-    stats = tuple(_stats(attention, cached, read, starts, length, needs) for cached, read in of_full)
+    stats = tuple(prompt_stats(attention, cached, read, starts, length, needs) for cached, read in of_full)
     kv_cache = KVCache(tuple(cached for cached, _ in layers), starts, length)
-    return Prefilled(kv_cache, model.logits(params, config, hidden), stats, prompt_slots, max_new_tokens)
+    logits, read = model.logits(params, config, hidden), tuple(read for _, read in of_full)
+    is_token = jnp.arange(prompt_slots, dtype=jnp.int32) >= starts[:, None]
+    seen = with_tokens(jnp.zeros((batch, config.vocab_size), jnp.bool_), tokens, is_token)
+    return Prefilled(kv_cache, logits, stats, read, row_lengths, seen, needs, prompt_slots, max_new_tokens)
 
 
-def _chunks(batch: int, width: int) -> tuple[int, int]:
+def with_tokens(seen: Array, tokens: Array, is_token: Array) -> Array:
+    """`seen` [B, V] with these tokens [B, T], where they are tokens and no padding."""
+    return seen.at[jnp.arange(seen.shape[0])[:, None], tokens].max(is_token)
+
+
+def chunks_of(batch: int, width: int) -> tuple[int, int]:
     """The tokens of a chunk, and the number of chunks that hold `width` tokens."""
     chunks = -(-width // max(1, min(PREFILL_CHUNK, PREFILL_TOKENS // batch)))
     chunk = -(-width // chunks)
@@ -137,40 +189,49 @@ def _chunks(batch: int, width: int) -> tuple[int, int]:
     return chunk, -(-width // chunk)
 
 
-@flax.struct.dataclass
-class _Read:
-    """What is kept of one layer while prompts are read."""
-
-    queries: Leaf  # [B, W, N, H]: the queries of the last W tokens read, after RoPE
-    q_before_rope: Leaf  # [B, N, H]: the query of the last token read, before RoPE
-    mass: Leaf | None  # float32 [B, K, G, S]: the attention that each key has received
-
-
-def _nothing_read(config: LlamaConfig, batch: int, cached: LayerCache, needs: PromptNeeds) -> _Read:
+def _nothing_read(config: LlamaConfig, batch: int, cached: LayerCache, needs: PromptNeeds) -> Read:
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     dtype, mass = cached.stored_keys.dtype, (batch, kv_heads, heads // kv_heads, cached.capacity)
-    return _Read(
+    return Read(
         jnp.zeros((batch, max(needs.windows, default=1), heads, dim), dtype),
         jnp.zeros((batch, heads, dim), dtype),
         jnp.zeros(mass, jnp.float32) if needs.mass else None,
     )
 
 
-def _attend_chunk(
-    attention: Implementation, starts: Array, offset: Array, layer: int, heads: Heads, cached: LayerCache, read: _Read
-) -> tuple[Array, _Read]:
-    queries = jnp.concatenate([read.queries, heads.q], axis=1)[:, -read.queries.shape[1] :]
+def attend_chunk(
+    attention: Implementation,
+    starts: Array,
+    first: Array | None,
+    offset: Array,
+    layer: int,
+    heads: Heads,
+    cached: LayerCache,
+    read: Read,
+) -> tuple[Array, Read]:
+    """Attention of one chunk in one layer, and what is kept of it. A row's new tokens are those in slots from `first` on
+    (None: from `starts` on); there are some in every row's last chunk."""
+    width, kept = heads.q.shape[1], read.queries.shape[1]
+    queries, q_before_rope = jnp.concatenate([read.queries, heads.q], axis=1), heads.q_before_rope[:, -1]
+    if first is None:
+        queries = queries[:, -kept:]
+    else:
+        new = jnp.clip(offset + width - first, 0, width)[:, None]
+        place = jnp.arange(kept, dtype=jnp.int32)
+        place = place + jnp.where(kept - place <= new, width, new)  # the newest, of which `new` are from this chunk
+        queries = jnp.take_along_axis(queries, place[:, :, None, None], axis=1)
+        q_before_rope = jnp.where(new[:, :, None] > 0, q_before_rope, read.q_before_rope)
     mass = read.mass
     if mass is None:
         out = attention.chunk(heads.q, cached, starts, offset)
     else:
-        out, received = attention.chunk_with_mass(heads.q, cached, starts, offset)
+        out, received = attention.chunk_with_mass(heads.q, cached, starts, offset, first)
         mass = mass + received
-    return out, _Read(queries, heads.q_before_rope[:, -1], mass)
+    return out, Read(queries, q_before_rope, mass)
 
 
-def _stats(
-    attention: Implementation, cached: LayerCache, read: _Read, starts: Array, length: Array, needs: PromptNeeds
+def prompt_stats(
+    attention: Implementation, cached: LayerCache, read: Read, starts: Array, length: Array, needs: PromptNeeds
 ) -> PromptStats:
     scores = {
         window: attention.window_scores(read.queries[:, -window:], cached, starts, length)

@@ -15,8 +15,8 @@ from recyc_jax.config import LlamaConfig
 
 
 def bucket(length: int) -> int:
-    """`length` rounded up so that at most an eighth is padding: 8 sizes to each power of two."""
-    step = 2 ** max(0, length.bit_length() - 4)
+    """`length` rounded up so that at most an eighth is padding, or fewer than 16 slots: 8 sizes to each power of two."""
+    step = 2 ** max(4, length.bit_length() - 4)
     return -(-length // step) * step
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from recyc_jax import generation_loop, implementations, sharding
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import check_state, rewound
+from recyc_jax.generation import check_state, rewound_to
 from recyc_jax.generation_loop import DecodeState
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
@@ -115,16 +115,16 @@ def score_tokens(
 ) -> tuple[Scores, Prefilled]:
     """The program behind `score_after`."""
 
-    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Array, Array]:
+    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Array, Array, Any]:
         """The next token is the text's; its log-probability is recorded."""
         token = lax.dynamic_index_in_dim(tokens, carry.step, axis=1, keepdims=False)
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-        return token, jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0], carry.done
+        return token, jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0], carry.done, ()
 
     output = jnp.zeros(tokens.shape, jnp.float32)
     attention = implementations.resolve(implementation)
     end = generation_loop.run(params, config, state, policy, attention, choose, output, None)
-    return Scores(end.output, end.full_steps, end.policy_states), rewound(end.cache, state)
+    return Scores(end.output, end.full_steps, end.policy_states), rewound_to(end.cache, state)
 
 
 @jax.custom_jvp

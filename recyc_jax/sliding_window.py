@@ -7,7 +7,7 @@ Letters: W window, R places of the ring.
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.cache import LayerCache
@@ -35,8 +35,11 @@ def read_chunk(
     ring: LayerCache,
     starts: Int[Array, " B"],
     offset: Int[Array, ""],
+    is_new: Bool[Array, "B C"] | None = None,
 ) -> tuple[Float[Array, "B C N H"], LayerCache]:
     """C consecutive queries, the first in slot `offset`, over their windows; and the ring with their keys and values.
+    Where a query is not new, its slot holds an older token, which stays; no new token's window reaches a slot that such
+    tokens have overwritten in the ring.
 
     The ring is laid out in the order of slots in front of the new tokens, whose keys would otherwise overwrite keys
     that the first of these queries see."""
@@ -44,6 +47,9 @@ def read_chunk(
     padding = -places % width  # so that the queries begin at a multiple of their number, as `reference.chunk` wants
 
     def in_order(stored: Array, new: Array) -> Array:
+        if is_new is not None:
+            here = jnp.take(stored, (offset + jnp.arange(width, dtype=jnp.int32)) % places, axis=2)
+            new = jnp.where(is_new[:, :, None, None], new, here.swapaxes(1, 2))
         before = jnp.pad(jnp.roll(stored, -(offset % places), axis=2), ((0, 0), (0, 0), (padding, 0), (0, 0)))
         return jnp.concatenate([before, new.swapaxes(1, 2)], axis=2)
 

@@ -79,7 +79,7 @@ def test_the_loop_ends_soon_after_all_rows_have(params, config, policy):
 
     def choose(logits, carry):
         token = jnp.zeros(2, jnp.int32)
-        return token, token, jnp.broadcast_to(carry.step >= 1, (2,))
+        return token, token, jnp.broadcast_to(carry.step >= 1, (2,)), ()
 
     @jax.jit
     def run(state):

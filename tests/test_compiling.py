@@ -22,7 +22,7 @@ def test_each_program_is_decode(params, config):
         programs.prepare(state, POLICIES)
         for policy in POLICIES:
             assert programs.of(state, policy) is programs.of(state, policy)
-            out, state = programs.of(state, policy)(params, state, None)
+            out, state = programs.of(state, policy)(params, state, None, rj.chain())
             expected, other = rj.decode(params, config, other, policy=policy)
             for one, two in zip(out, expected, strict=True):
                 np.testing.assert_array_equal(one, two)

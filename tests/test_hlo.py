@@ -22,12 +22,18 @@ POLICIES = {
 }
 
 
+@pytest.mark.parametrize("goes_on", [False, True], ids=["static", "goes_on"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_cache_shaped_copy(params, config, name):
+def test_no_cache_shaped_copy(params, config, name, goes_on):
+    """In a program with a fixed number of steps, and in one for any number of them that goes on in an answer."""
     state = rj.prefill(params, config, [[1] * 240] * 2, policies=(POLICIES[name],), max_new_tokens=33)
+    more = ()
+    if goes_on:
+        _, state = rj.decode(params, config, state, policy=POLICIES[name], max_new_tokens=1, rewind=False)
+        more = (jnp.int32(17), state.cache.capacity, False)
     cache = state.cache.layers[0].keys
-    lowered = decode_tokens.lower(params, state, None, config, POLICIES[name], 33, rj.Greedy(), (), 0, None)
-    compiled = lowered.compile()
+    arguments = params, state, None, config, POLICIES[name], 33, rj.Greedy(), (), 0, None, *more
+    compiled = decode_tokens.lower(*arguments).compile()
     shape = ",".join(map(str, cache.shape))
     copies = [line for line in compiled.as_text().splitlines() if re.search(rf"\[{shape}\]\S* copy\(", line)]
     assert not copies

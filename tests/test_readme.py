@@ -26,3 +26,11 @@ def test_the_example_runs(capsys):
     assert lm.tokenizer.decode(np.asarray(out.tokens)[0, : int(out.lengths[0])]) in printed
     assert out.full_steps.shape == (2, 30)
     assert int(out.full_steps.max()) > 0
+
+
+@pytest.mark.slow
+def test_the_page_on_conversations_runs(capsys):
+    names = {}
+    for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conversations.md").read_text(), re.S):
+        exec(example, names)
+    assert "Paris" in capsys.readouterr().out

@@ -59,7 +59,7 @@ def test_the_ring_has_the_size_of_the_window():
     assert state.cache.capacity >= 119
     assert len(state.stats) == 1
     short = rj.prefill(strong(config), config, [[1, 2, 3]], max_new_tokens=4)
-    assert [layer.capacity for layer in short.cache.layers] == [6, 6, 6]
+    assert [layer.capacity for layer in short.cache.layers] == [16, 80, 16]  # 16 slots of the prompt, 64 new ones
 
 
 def test_states_decode_again_from_the_prompt():

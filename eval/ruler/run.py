@@ -19,6 +19,8 @@ from recyc_jax.commands.compiling import Programs
 from recyc_jax.commands.run_log import Row, RunLog
 from recyc_jax.policies.registry import POLICIES
 
+GREEDY = rj.chain()
+
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
@@ -83,8 +85,8 @@ def _decode_batch(
     programs.prepare(state, chosen)
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
-        out, state = programs.of(state, policy)(lm.params, state, None)
-        made, counts, full_steps = (hosts.fetched(field) for field in out)
+        out, state = programs.of(state, policy)(lm.params, state, None, GREEDY)
+        made, counts, full_steps = (hosts.fetched(field) for field in out[:3])
         seconds = (time.perf_counter() - began) / len(samples)
         rows = []
         for row, (cell, sample, ids) in enumerate(zip(cells, samples, prompts, strict=True)):

@@ -39,10 +39,16 @@ class Implementation:
         return reference.chunk(q, cached.keys, cached.values, starts, offset)
 
     def chunk_with_mass(
-        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
+        self,
+        q: Float[Array, "B C N H"],
+        cached: LayerCache,
+        starts: Int[Array, " B"],
+        offset: Int[Array, ""],
+        first: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K G S"]]:
-        """`chunk`, and the probability that each slot receives, summed over the queries."""
-        return reference.chunk_with_mass(q, cached.keys, cached.values, starts, offset)
+        """`chunk`, and the probability that each slot receives, summed over the queries in slots from `first` on (None:
+        from `starts` on)."""
+        return reference.chunk_with_mass(q, cached.keys, cached.values, starts, offset, first)
 
     def window_scores(
         self, q: Float[Array, "B W N H"], cached: LayerCache, starts: Int[Array, " B"], length: Int[Array, ""]

@@ -196,8 +196,8 @@ def chunk(
     offset: Int[Array, ""],
     window: int | None = None,
 ) -> Float[Array, "B C N H"]:
-    """C consecutive queries, the first in slot `offset` (a multiple of C), each over the slots up to its own, or over
-    the latest `window` of these.
+    """C consecutive queries, the first in slot `offset`, each over the slots up to its own, or over the latest `window`
+    of these.
 
     Key blocks of C slots are visited one by one with a running softmax, from the first block that holds a token to the
     queries' own block, so memory is C x C per head and blocks in the future cost nothing.
@@ -211,26 +211,39 @@ def chunk_with_mass(
     values: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     offset: Int[Array, ""],
+    first: Int[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K G S"]]:
     """`chunk`, and the probability that each slot receives from these queries, summed over them, for each query head in
-    float32. Queries of padding tokens add nothing. The key blocks are visited twice: the second time with the
-    normalisers of the first."""
+    float32. Queries in slots before `first` (None: before `starts`) add nothing. The key blocks are visited twice: the
+    second time with the normalisers of the first."""
     batch, width, heads, _ = q.shape
     kv_heads, capacity = keys.shape[1:3]
     groups = heads // kv_heads
     out, normaliser = _chunk(q, keys, values, starts, offset)
     stacked = _stacked(q, kv_heads)
-    is_token = offset + jnp.arange(width, dtype=jnp.int32) >= starts[:, None]
+    is_token = offset + jnp.arange(width, dtype=jnp.int32) >= (starts if first is None else first)[:, None]
 
     def visit(block: Array, mass: Array) -> Array:
         log_probabilities = _block_logits(stacked, keys, starts, offset, block, width) - normaliser[..., None]
         probabilities = jnp.exp(log_probabilities).reshape(batch, kv_heads, groups, width, width)
         received = jnp.sum(jnp.where(is_token[:, None, None, :, None], probabilities, 0), axis=3)
-        zero = jnp.zeros((), jnp.int32)
-        return lax.dynamic_update_slice(mass, received, (zero, zero, zero, block * width))
+        begin = _block_begin(block, width, capacity)
+        before = lax.dynamic_slice_in_dim(mass, begin, width, axis=3)
+        return lax.dynamic_update_slice_in_dim(mass, before + received, begin, axis=3)
 
     mass = jnp.zeros((batch, kv_heads, groups, capacity), jnp.float32)
-    return out, lax.fori_loop(jnp.min(starts) // width, offset // width + 1, visit, mass)
+    return out, lax.fori_loop(jnp.min(starts) // width, _blocks(offset, width), visit, mass)
+
+
+def _blocks(offset: Int[Array, ""], width: int) -> Int[Array, ""]:
+    """The number of blocks of `width` slots that hold the slots up to the last query's."""
+    return (offset + width - 1) // width + 1
+
+
+def _block_begin(block: Int[Array, ""], width: int, capacity: int) -> Int[Array, ""]:
+    """The first slot that is read for a block. The last block may begin before its own slots, to end with the cache;
+    slots of the block before it are then masked."""
+    return jnp.minimum(block * width, capacity - width)
 
 
 def _stacked(q: Float[Array, "B C N H"], kv_heads: int) -> Float[Array, "B K GC H"]:
@@ -253,11 +266,12 @@ def _block_logits(
     nothing."""
     rows, dim = stacked.shape[2:]
     query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), rows // width)
-    key_slots = block * width + jnp.arange(width, dtype=jnp.int32)
-    seen = (key_slots <= query_slots[:, None]) & (key_slots >= starts[:, None, None])
+    begin = _block_begin(block, width, keys.shape[2])
+    key_slots = begin + jnp.arange(width, dtype=jnp.int32)
+    seen = (key_slots <= query_slots[:, None]) & (key_slots >= jnp.maximum(starts, block * width)[:, None, None])
     if window is not None:
         seen = seen & (key_slots > query_slots[:, None] - window)
-    block_keys = lax.dynamic_slice_in_dim(keys, block * width, width, axis=2)
+    block_keys = lax.dynamic_slice_in_dim(keys, begin, width, axis=2)
     logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None], logits * _scale(dim), MASKED)
 
@@ -279,7 +293,7 @@ def _chunk(
     def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
         logits = _block_logits(stacked, keys, starts, offset, block, width, window)
-        block_values = lax.dynamic_slice_in_dim(values, block * width, width, axis=2)
+        block_values = lax.dynamic_slice_in_dim(values, _block_begin(block, width, keys.shape[2]), width, axis=2)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         shrink = jnp.exp(peak - new_peak)
         weights = jnp.exp(logits - new_peak[..., None])
@@ -297,6 +311,6 @@ def _chunk(
     first = jnp.min(starts)
     if window is not None:
         first = jnp.maximum(first, jnp.maximum(offset - window + 1, 0))
-    peak, total, out = lax.fori_loop(first // width, offset // width + 1, visit, carry)
+    peak, total, out = lax.fori_loop(first // width, _blocks(offset, width), visit, carry)
     out = (out / total[..., None]).astype(q.dtype).reshape(batch, kv_heads, groups, width, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), peak + jnp.log(total)

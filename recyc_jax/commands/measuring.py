@@ -29,17 +29,18 @@ def filled(
     import jax.numpy as jnp
     import numpy as np
 
-    from recyc_jax.prefilling import read_prompts
+    from recyc_jax.prefilling import columns, read_prompts
 
     tokens, lengths = np.zeros((batch, max(1, length - steps)), np.int32), np.zeros(batch, np.int32)
 
     def shapes(params: Any, tokens: Any, lengths: Any) -> Any:
-        return read_prompts(params, tokens, lengths, model, steps, policy.needs, implementation)
+        return read_prompts(params, tokens, lengths, model, columns(steps) + 1, policy.needs, implementation)
 
     made = jax.eval_shape(shapes, params, tokens, lengths)
     state = random_like(made, seed, 1.0)
     filled = dataclasses.replace(state.cache, length=jnp.asarray(state.prompt_slots, jnp.int32))
-    return dataclasses.replace(state, cache=filled)
+    row_lengths = jnp.full(batch, tokens.shape[1] + steps, jnp.int32)
+    return dataclasses.replace(state, cache=filled, row_lengths=row_lengths, room=steps)
 
 
 def random_like(shapes: Any, seed: int, scale: float) -> Any:

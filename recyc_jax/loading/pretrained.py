@@ -16,6 +16,7 @@ from recyc_jax.loading.json_files import read_json
 from recyc_jax.loading.tokenizer import load_tokenizer
 from recyc_jax.loading.weights import load_params
 from recyc_jax.model import Params
+from recyc_jax.text import Conversation, Reply, generate_text
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,22 @@ class PretrainedLM(NamedTuple):
     params: Params
     config: LlamaConfig
     tokenizer: Any  # a transformers tokenizer
+
+    def generate(self, prompts: Any, **options: Any) -> Reply:
+        """The text that follows a prompt: a text, messages (`[{"role": "user", "content": "..."}]`, put in the tokenizer's
+        chat template), or a list of either, which are answered as one batch.
+
+        `policy` is a policy or its string, whose budget may be a fraction of the longest prompt and its answer (default:
+        `lookahead:budget=1024,stride=50`); `max_new_tokens` (256), `sampling`, `key`, `eos_ids` and `allow_beyond_context`
+        are `rj.generate`'s; `stop` is a text or several that end the answer and are no part of it. Raises ValueError as
+        `rj.generate` does, and for messages where the tokenizer has no chat template."""
+        return generate_text(self.params, self.config, self.tokenizer, prompts, **options)
+
+    def conversation(self, **options: Any) -> Conversation:
+        """A conversation that reads each turn once: `for piece in conversation.ask("..."): ...`. `policy`,
+        `max_new_tokens` (512 for each answer), `sampling` and `key` are as in `generate`; `system` is the system's
+        message."""
+        return Conversation(self.params, self.config, self.tokenizer, **options)
 
 
 def load_pretrained(

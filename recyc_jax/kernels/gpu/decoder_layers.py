@@ -80,7 +80,8 @@ def run(
             made = normed.finished_heads(raw, norms, by_layer[number], cached, slot)
         else:
             made = products.to_heads(stream, to_heads, *rotation, cached, slot, eps, norms)
-        q, q_before_rope, k, v, cached = made
+        q, q_before_rope, k, v, written = made
+        cached = attend.with_ended_rows(cached, written)
         out, state = attend.read_written(number, Heads(q, k, v, q_before_rope), cached, state)
         states_after.append((cached, state))
         out, mlp_norm = out.reshape(*x.shape[:2], -1), factors(layer, "mlp_norm")

@@ -1,0 +1,157 @@
+"""Text in, text out: prompts, messages, stop strings, and conversations that read each turn once."""
+
+import io
+
+import jax
+import pytest
+from checkpoints import write_folder
+
+import recyc_jax as rj
+from recyc_jax.text import prompt_ids
+
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+POLICY = "lookahead:budget=8,stride=4"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "model"
+    write_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def lm(folder):
+    lm = rj.load_pretrained(str(folder))
+    lm.tokenizer.chat_template = TEMPLATE
+    return lm
+
+
+def answered(lm, ids, count, policy=POLICY):
+    """The tokens that `generate` makes."""
+    out = rj.generate(lm.params, lm.config, [ids], policy=policy, max_new_tokens=count)
+    return out.tokens[0, : int(out.lengths[0])].tolist()
+
+
+def check_answer(talk, lm, count):
+    """The last answer is what `generate` makes of the tokens before it."""
+    before = talk.tokens[: len(talk.tokens) - talk.figures.new_tokens]
+    assert talk.tokens[len(before) :] == answered(lm, before, count, talk.policy)
+
+
+def test_text_and_messages(lm):
+    messages = [{"role": "user", "content": "What is green?"}]
+    for prompt, text in (("The grass is", "The grass is"), (messages, "[user] What is green?\n[assistant] ")):
+        reply = lm.generate(prompt, policy=POLICY, max_new_tokens=20)
+        ids = lm.tokenizer(text)["input_ids"]
+        assert reply.tokens == answered(lm, ids, 20)
+        assert reply.text == lm.tokenizer.decode(reply.tokens, skip_special_tokens=True)
+        assert reply.prompt_tokens == len(ids)
+        assert reply.full_steps > 0
+    both = lm.generate(["The grass is", messages], policy=POLICY, max_new_tokens=20)
+    assert both.tokens[1] == reply.tokens
+    assert len(both.text) == 2
+
+
+def test_a_fraction_is_of_the_prompt_and_its_answer(lm):
+    prompt = "What is the special magic number?"
+    tokens = len(prompt_ids(lm.tokenizer, prompt)) + 20
+    half = lm.generate(prompt, policy="lookahead:budget=0.5,stride=4", max_new_tokens=20)
+    assert (
+        half.tokens == lm.generate(prompt, policy=f"lookahead:budget={tokens // 2},stride=4", max_new_tokens=20).tokens
+    )
+
+
+def test_an_answer_ends_at_a_stop_string(lm):
+    whole = lm.generate("The grass is", max_new_tokens=40, eos_ids=())
+    stop = whole.text[17:20]
+    reply = lm.generate("The grass is", max_new_tokens=40, eos_ids=(), stop=["no such text", stop])
+    assert reply.text == whole.text[: whole.text.index(stop)]
+    assert reply.ended
+    assert len(reply.tokens) <= 40
+    with pytest.raises(ValueError, match="stop="):
+        lm.generate("The grass is", stop=[""])
+
+
+def test_a_conversation_reads_each_turn_once(lm):
+    """Its answers are those of the whole text under full attention; changed turns are read again from the change on."""
+    talk = lm.conversation(policy="full", max_new_tokens=24, system="Be brief.")
+    for number, turn in enumerate(("What is green?", "And what else?", "Why?")):
+        said = "".join(talk.ask(turn))
+        check_answer(talk, lm, 24)
+        assert talk.messages[-1] == {"role": "assistant", "content": said}
+        before = len(talk.tokens) - talk.figures.new_tokens
+        assert talk.figures.read_tokens < before / 2 or not number
+    talk.messages = [*talk.messages[:2], {"role": "assistant", "content": "Grass."}]
+    "".join(talk.ask("And what else?"))
+    check_answer(talk, lm, 24)
+    talk.policy = POLICY  # needs what the state was not asked to keep: all is read again
+    "".join(talk.ask("Why?"))
+    ids = prompt_ids(lm.tokenizer, talk.messages[:-1])
+    assert talk.figures.read_tokens == len(ids)
+    assert talk.tokens[len(ids) :] == answered(lm, ids, 24)
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be brief."}]
+    with pytest.raises(ValueError, match="exceed the model's context"):
+        list(talk.ask("green " * 9000))
+    assert len(talk.messages) == 1
+
+
+def test_an_answer_that_is_left_stays_as_far_as_it_was_read(lm):
+    talk = lm.conversation(policy="full", max_new_tokens=200)
+    pieces = talk.ask("What is green?")
+    said = next(pieces) + next(pieces)
+    pieces.close()
+    assert talk.messages[-1]["content"] == said
+    "".join(talk.ask("And what else?"))
+    check_answer(talk, lm, 200)
+
+
+def test_samples_of_a_conversation_follow_the_key(lm):
+    def said(key):
+        talk = lm.conversation(max_new_tokens=12, sampling=rj.Sample(1.0), key=jax.random.key(key))
+        return "".join(talk.ask("What is green?"))
+
+    assert said(0) == said(0) != said(1)
+
+
+def test_the_command(call_module, folder, tmp_path):
+    document = tmp_path / "a text.txt"
+    document.write_text("The grass is green.")
+    flags = "--model", folder, "--file", document, "--policy", POLICY, "--max-new-tokens", 12, "--template", "base"
+    ran = call_module("recyc_jax", "What is green?", *flags)
+    assert ran.returncode == 0, ran.stderr
+    lm = rj.load_pretrained(str(folder))
+    want = answered(lm, lm.tokenizer("The grass is green.\n\nWhat is green?")["input_ids"], 12)
+    assert ran.stdout == lm.tokenizer.decode(want, skip_special_tokens=True) + "\n"
+    assert "12 made" in ran.stderr
+
+
+def test_the_command_converses(call_module, folder, monkeypatch):
+    lines = ["What is green?", "/stats", "/policy nonsense", "/policy full", "Why?", "/reset", "/what", "", "/quit"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    ran = call_module("recyc_jax", "--chat", "--model", folder, "--max-new-tokens", 6)
+    assert ran.returncode == 0, ran.stderr
+    assert "'nonsense' is unknown" in ran.stdout
+    assert "full" in ran.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "pass a prompt"),
+        (["x", "--policy", "nonsense"], "'nonsense' is unknown"),
+        (["x", "--file", "/no/such/file"], "--file /no/such/file: No such file"),
+        (["x", "--top-p", "0.5"], "pass --temperature"),
+        (["x", "--max-new-tokens", "0"], "max-new-tokens"),
+        (["x", "--temperature", "-1"], "temperature"),
+    ],
+)
+def test_bad_flags_end_in_one_line(call_module, flags, message):
+    ran = call_module("recyc_jax", *flags)
+    assert ran.returncode != 0
+    assert message in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
