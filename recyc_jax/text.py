@@ -127,17 +127,15 @@ class _Row:
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.text, self.tokens, self.stopped, self._stops = "", [], False, stops
 
-    def add(self, tokens: list[int], text: str) -> str:
-        """Take further tokens and their text; returns what of the text can be shown: nothing that may turn out to be the
-        beginning of a stop string."""
+    def add(self, tokens: list[int], text: str) -> None:
+        """Take further tokens and their text; what follows a stop string is dropped."""
         if self.stopped:
-            return ""
+            return
         searched = max(0, len(self.text) - max(map(len, self._stops), default=0))
         self.tokens, self.text = self.tokens + tokens, self.text + text
         found = [place for place in (self.text.find(one, searched) for one in self._stops) if place >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
-        return text
 
 
 @dataclasses.dataclass

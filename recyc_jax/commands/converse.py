@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -97,11 +98,9 @@ def _turn(document: str, text: str) -> str:
 
 def _answer(talk: Any, text: str) -> None:
     """Write the answer to standard output as it comes, and then a line of figures to standard error."""
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # which ends the answer, and not the program
         for piece in talk.ask(text):
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:
-        pass  # the answer ends here
     print(flush=True)
     print(figures(talk), file=sys.stderr, flush=True)
 
