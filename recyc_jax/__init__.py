@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         chain,
     )
     from recyc_jax.scoring import Scores, score, score_after
+    from recyc_jax.state_files import load_state
     from recyc_jax.streaming import Piece, Stream, stream, stream_after
     from recyc_jax.turns import bookmark, extend, rewind, with_room
 
@@ -59,6 +60,7 @@ _PUBLIC = {
         "chain",
     ),
     "recyc_jax.scoring": ("Scores", "score", "score_after"),
+    "recyc_jax.state_files": ("load_state",),
     "recyc_jax.streaming": ("Piece", "Stream", "stream", "stream_after"),
     "recyc_jax.turns": ("bookmark", "extend", "rewind", "with_room"),
 }
@@ -103,6 +105,7 @@ __all__ = [
     "generate",
     "init_params",
     "load_pretrained",
+    "load_state",
     "parse_policy",
     "prefill",
     "rewind",

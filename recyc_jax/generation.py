@@ -22,7 +22,7 @@ from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.registry import as_policy
-from recyc_jax.prefilling import Answer, Prefilled, columns, prefill
+from recyc_jax.prefilling import NOWHERE, Answer, Prefilled, columns, prefill, with_tokens, without_tokens
 from recyc_jax.sampling import Greedy, OfFunction, Sample, as_chain, independent
 from recyc_jax.validation import whole_number
 
@@ -142,7 +142,7 @@ def decode(
     if key is None and state.answer is not None:
         key = state.answer.keys
     keys, eos, pad = _sampling_arguments(config, sampling, eos_ids, pad_id, key, state.logits.shape[0])
-    width, room = columns(new_tokens), state.room
+    width, room, origin = columns(new_tokens), state.room, state.origin
     at_prompt = room if state.answer is None else state.answer.room
     bound = None if rewind and state.answer is None else state.cache.capacity
     limit = jnp.asarray(new_tokens, jnp.int32)
@@ -172,9 +172,9 @@ def decode(
         names = [name for name in out._fields if name not in ("lengths", "full_steps")]
         out = out._replace(**{name: getattr(out, name)[:, :new_tokens] for name in names})
     if state.answer is None:
-        return out, dataclasses.replace(state, room=at_prompt)
+        return out, dataclasses.replace(state, room=at_prompt, origin=origin)
     answer = dataclasses.replace(state.answer, room=at_prompt)
-    return out, dataclasses.replace(state, room=room - new_tokens, answer=answer)
+    return out, dataclasses.replace(state, room=room - new_tokens, answer=answer, origin=origin)
 
 
 def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, policy: Policy | str) -> jax.stages.Lowered:
@@ -260,7 +260,7 @@ def decode_tokens(
     out = Generation(tokens, lengths, full_steps)
     if top is not None:
         out = ScoredGeneration(*out, *of_tokens)
-    return out, rewound_to(end.cache, state) if rewind else _standing(end, policy, state)
+    return out, rewound_to(end.cache, state) if rewind else _standing(end, policy, state, tokens)
 
 
 def _columns(rows: int, new_tokens: int, pad_id: int, top: int | None) -> tuple[Array, ...]:
@@ -282,8 +282,8 @@ def _recorded(logits: Array, token: Array, top: int | None) -> tuple[Array, ...]
     return token, its, ids.astype(jnp.int32), best
 
 
-def _standing(end: DecodeState, policy: Policy, start: Prefilled) -> Prefilled:
-    """The state at the end of what has been decoded since `start`."""
+def _standing(end: DecodeState, policy: Policy, start: Prefilled, tokens: Array) -> Prefilled:
+    """The state at the end of what has been decoded since `start`: `tokens` [B, M]."""
     before = start.answer
     if before is None:
         rings = tuple(layer for layer in start.cache.layers if layer.window is not None)
@@ -304,7 +304,10 @@ def _standing(end: DecodeState, policy: Policy, start: Prefilled) -> Prefilled:
         rings,
         0,
     )
-    return dataclasses.replace(start, cache=end.cache, answer=answer)
+    number = end.begun + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # of each token in its answer
+    places = prompt_length - start.cache.starts[:, None] + number
+    places = with_tokens(start.first_places, tokens, jnp.where(number < end.lengths[:, None], places, NOWHERE))
+    return dataclasses.replace(start, cache=end.cache, first_places=places, answer=answer)
 
 
 def rewound(state: Prefilled) -> Prefilled:
@@ -323,10 +326,12 @@ def rewound_to(kv_cache: KVCache, start: Prefilled) -> Prefilled:
         length, before = start.cache.length, [layer for layer in start.cache.layers if layer.window is not None]
     else:
         length, before = start.answer.prompt_length, start.answer.rings
-    rings = iter(before)
+    rings, places = iter(before), start.first_places
+    if start.answer is not None:
+        places = without_tokens(places, length - kv_cache.starts)
     layers = tuple(layer if layer.window is None else next(rings) for layer in kv_cache.layers)
     cache = dataclasses.replace(kv_cache, layers=layers, length=length)
-    return dataclasses.replace(start, cache=cache, answer=None)
+    return dataclasses.replace(start, cache=cache, first_places=places, answer=None)
 
 
 # --- checks of what the caller passes --------------------------------------------------------------------------------

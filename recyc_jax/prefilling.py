@@ -6,15 +6,17 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from recyc_jax import cache, implementations, model, sharding
+from recyc_jax import cache, implementations, model, sharding, state_files
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.cache import KVCache, LayerCache, Leaf
@@ -23,12 +25,15 @@ from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Heads, Params
 from recyc_jax.policies.base import Policy, PromptNeeds, PromptStats
 from recyc_jax.policies.registry import as_policy
+from recyc_jax.state_files import Origin
 from recyc_jax.validation import whole_number
 
 PREFILL_CHUNK = 1024
 PREFILL_TOKENS = 16384  # B * chunk at most: bounds the activations of a chunk whatever the batch
 COLUMNS = 64  # numbers of new tokens are rounded up to multiples of this, so that few programs are compiled
 CHUNK_MULTIPLE = 64  # longer chunks are multiples of this: matrix units want whole tiles
+NOWHERE = 2**31 - 1
+"""The place of a token that a row does not have."""
 
 
 @flax.struct.dataclass
@@ -67,16 +72,50 @@ class Prefilled:
     stats: tuple[PromptStats, ...]  # what the named policies need, per layer with full attention
     read: tuple[Read, ...]  # of the same layers
     row_lengths: Leaf  # int32 [B]: the tokens of each row, the new ones that were asked for included
-    seen: Leaf  # bool [B, V]: the tokens that each row's prompt and turns have, for `sampling.Processor`
+    first_places: Leaf  # int32 [B, V]: where each row has each token first, counted from its beginning, or NOWHERE
     needs: PromptNeeds = flax.struct.field(pytree_node=False)  # those of the named policies
     prompt_slots: int = flax.struct.field(pytree_node=False)  # slots that the prompts fill, padding included
     room: int = flax.struct.field(pytree_node=False)  # new tokens that were asked for; the last one is never fed
     answer: Answer | None = None  # where decoding stands, if it was told not to rewind
+    origin: Origin | None = flax.struct.field(pytree_node=False, default=None)  # the model, for `save`
+
+    @property
+    def seen(self) -> Array:
+        """bool [B, V]: the tokens that each row has, for `sampling.Processor`."""
+        return self.first_places < NOWHERE
 
     def without_room(self) -> Prefilled:
-        """The state as programs take it, which are not compiled for each number of new tokens."""
+        """The state as programs take it, which are not compiled for each number of new tokens and each model."""
         answer = None if self.answer is None else dataclasses.replace(self.answer, room=0)
-        return dataclasses.replace(self, room=0, answer=answer)
+        return dataclasses.replace(self, room=0, answer=answer, origin=None)
+
+    def save(self, folder: Path | str, params: Any = None, config: LlamaConfig | None = None, **facts: Any) -> None:
+        """Write the state to a folder, from which `load_state` reads it: the caches, what policies need, and where decoding
+        stands in an answer. An earlier state there is replaced in one step. `params` and `config` are needed only if the
+        state was made inside `jax.jit`, or its model's parameters are gone; `facts`, of JSON's types, go into the card.
+
+        Raises ValueError for a donated state, for a folder that holds something else, and in the middle of an answer
+        under a policy whose state is of a class from outside of this package; OSError if the folder cannot be written."""
+        if self.logits.is_deleted():
+            raise ValueError("this state was donated to an earlier call: save the state that it returned")
+        if params is not None and config is not None:
+            origin = Origin(params, config)
+        elif self.origin is None:
+            raise ValueError("this state does not know its model: pass params and config to save")
+        else:
+            origin = self.origin
+        held = int(self.cache.length) - np.asarray(self.cache.starts)
+        noted = {
+            "rows": len(held),
+            "tokens": held.tolist(),
+            "policy": None if self.answer is None else str(self.answer.policy),
+            "statistics": {
+                "windows": sorted(self.needs.windows),
+                "query": self.needs.query,
+                "mass": self.needs.mass,
+            },
+        }
+        state_files.write(folder, self, origin.model(), noted | {"notes": facts})
 
 
 def prefill(
@@ -113,7 +152,7 @@ def prefill(
     state = read_prompts(
         params, tokens, lengths, config, columns(max_new_tokens) + 1, needs, implementation, lengths + max_new_tokens
     )
-    return dataclasses.replace(state, room=max_new_tokens)
+    return dataclasses.replace(state, room=max_new_tokens, origin=Origin.of(params, config))
 
 
 def columns(new_tokens: int) -> int:
@@ -171,13 +210,19 @@ def read_prompts(
     kv_cache = KVCache(tuple(cached for cached, _ in layers), starts, length)
     logits, read = model.logits(params, config, hidden), tuple(read for _, read in of_full)
     is_token = jnp.arange(prompt_slots, dtype=jnp.int32) >= starts[:, None]
-    seen = with_tokens(jnp.zeros((batch, config.vocab_size), jnp.bool_), tokens, is_token)
-    return Prefilled(kv_cache, logits, stats, read, row_lengths, seen, needs, prompt_slots, max_new_tokens)
+    places = jnp.full((batch, config.vocab_size), NOWHERE, jnp.int32)
+    places = with_tokens(places, tokens, jnp.where(is_token, positions, NOWHERE))
+    return Prefilled(kv_cache, logits, stats, read, row_lengths, places, needs, prompt_slots, max_new_tokens)
 
 
-def with_tokens(seen: Array, tokens: Array, is_token: Array) -> Array:
-    """`seen` [B, V] with these tokens [B, T], where they are tokens and no padding."""
-    return seen.at[jnp.arange(seen.shape[0])[:, None], tokens].max(is_token)
+def with_tokens(first_places: Array, tokens: Array, places: Array) -> Array:
+    """`first_places` [B, V] with these tokens [B, T] at these places [B, T], which are NOWHERE for padding."""
+    return first_places.at[jnp.arange(first_places.shape[0])[:, None], tokens].min(places)
+
+
+def without_tokens(first_places: Array, counts: Array) -> Array:
+    """`first_places` [B, V] of each row's first `counts` [B] tokens alone."""
+    return jnp.where(first_places < counts[:, None], first_places, NOWHERE)
 
 
 def chunks_of(batch: int, width: int) -> tuple[int, int]:

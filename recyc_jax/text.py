@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from recyc_jax.policies.base import Policy
 from recyc_jax.policies.registry import as_policy, parse_policy
 from recyc_jax.prefilling import Prefilled, prefill
 from recyc_jax.sampling import Greedy
+from recyc_jax.state_files import load_state, read_card
 from recyc_jax.streaming import Stream, stream, stream_after
 from recyc_jax.turns import extend, rounded, token_counts
 
@@ -148,6 +150,16 @@ class Figures:
     seconds: float = 0.0
     full_steps: float = 0.0  # mean over layers
     rate: float = 0.0  # tokens per second after the first piece; 0 where nothing followed it
+    share_read: float = 1.0  # of the cached tokens, by the mean step; the bounds or keys that some policies read apart
+
+
+def share_read(policy: Policy, length: int, full_steps: float, steps: int) -> float:
+    """The share of `length` cached tokens that the mean of so many steps attends to, `full_steps` of them to all. What
+    a method reads only in order to choose (Quest's bounds, the keys of the ideal top-K) is not counted."""
+    budget = getattr(policy, "budget", length)
+    if steps < 1 or budget >= length:
+        return 1.0
+    return min(1.0, (full_steps + (steps - full_steps) * budget / length) / steps)
 
 
 class Conversation:
@@ -173,11 +185,31 @@ class Conversation:
         self.state: Prefilled | None = None
         self.tokens: list[int] = []  # that `state` holds, the last answer's among them
         self._text = ""  # of these but for the last answer's
+        self._policy: Policy = policy_of(policy, 2**20)  # of the last answer
 
     def reset(self) -> None:
         """Forget all turns but the system's."""
         self.messages = [message for message in self.messages if message["role"] == "system"]
         self.state, self.tokens = None, []
+
+    def save(self, folder: Path | str) -> None:
+        """Write the conversation and its state to a folder. Raises ValueError before the first turn, and as
+        `Prefilled.save` does."""
+        if self.state is None:
+            raise ValueError("there is nothing to save before the first turn")
+        told = {"messages": self.messages, "tokens": self.tokens, "text": self._text}
+        told |= {"new_tokens": self.figures.new_tokens, "policy": str(self.policy)}
+        self.state.save(folder, self._params, self._config, conversation=told)
+
+    def load(self, folder: Path | str) -> None:
+        """Go on with a conversation that was saved, under its policy. Raises ValueError as `load_state` does, and for a
+        folder without a conversation; this conversation then stays as it is."""
+        told = read_card(folder)["notes"].get("conversation")
+        if not isinstance(told, dict):
+            raise ValueError(f"{folder} is a state without a conversation: `rj.load_state` reads it")
+        state = load_state(folder, self._params, self._config)
+        self.state, self.messages, self.tokens, self._text = state, told["messages"], told["tokens"], told["text"]
+        self.policy, self.figures = told["policy"], Figures(new_tokens=told["new_tokens"])
 
     def ask(self, text: str) -> Iterator[str]:
         """The pieces of the answer to a turn. Leaving the loop ends the answer there; it then stays in the conversation as
@@ -208,6 +240,7 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": said})
             self.figures.new_tokens, self.figures.seconds = len(made), time.perf_counter() - began
             self.figures.full_steps = float(full.mean()) if full.size else 0.0
+            self.figures.share_read = share_read(self._policy, len(self.tokens), self.figures.full_steps, len(made) - 1)
             later = self.figures.seconds - self.figures.first_seconds
             self.figures.rate = (len(made) - first) / later if len(made) > first else 0.0
 
@@ -215,7 +248,7 @@ class Conversation:
         """The stream of the answer to the messages, and how many tokens had to be read."""
         text = prompt_text(self._tokenizer, self._prompt())
         kept, turn = self._kept(text)
-        policy = policy_of(self.policy, kept + len(turn) + self.max_new_tokens)
+        self._policy = policy = policy_of(self.policy, kept + len(turn) + self.max_new_tokens)
         if self.state is None or policy.needs | self.state.needs != self.state.needs:
             kept, turn = 0, prompt_ids(self._tokenizer, self._prompt())
         before = self.tokens[:kept]

@@ -25,7 +25,17 @@ from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.generation import rewound
 from recyc_jax.model import Params
-from recyc_jax.prefilling import Prefilled, Read, attend_chunk, chunks_of, columns, prompt_stats, with_tokens
+from recyc_jax.prefilling import (
+    NOWHERE,
+    Prefilled,
+    Read,
+    attend_chunk,
+    chunks_of,
+    columns,
+    prompt_stats,
+    with_tokens,
+    without_tokens,
+)
 from recyc_jax.validation import whole_number
 
 SLOTS = 256
@@ -85,8 +95,9 @@ def extend(
         *(sharding.spread(jnp.asarray(one, jnp.int32), "B", rows) for one in (lengths, pending, ends)),
     )
     new_tokens = jnp.asarray(max_new_tokens, jnp.int32)
+    origin = state.origin
     state = read_turns(params, layers, rest, turn, new_tokens, config, width, moves, implementation)
-    return dataclasses.replace(state, room=max_new_tokens)
+    return dataclasses.replace(state, room=max_new_tokens, origin=origin)
 
 
 def token_counts(state: Prefilled) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +210,7 @@ def _grown(state: Prefilled, slots: int) -> Prefilled:
     if slots <= state.cache.capacity:
         return state
     capacity = prompt_arrays.bucket(-(-slots // SLOTS) * SLOTS)
-    return dataclasses.replace(_with_capacity(state.without_room(), capacity), room=state.room)
+    return dataclasses.replace(_with_capacity(state.without_room(), capacity), room=state.room, origin=state.origin)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
@@ -240,6 +251,7 @@ def read_turns(
     width = chunk * chunks
     length = jnp.maximum(jnp.max(ends + lengths), width)
     first = length - lengths
+    kept_places = without_tokens(state.first_places, ends - state.cache.starts)
     starts = state.cache.starts + first - ends
     slots = length - width + jnp.arange(width, dtype=jnp.int32)
     number = slots - first[:, None]  # of each slot's token in the row's turn
@@ -282,7 +294,7 @@ def read_turns(
         stats=stats,
         read=tuple(read for _, read in of_full),
         row_lengths=row_lengths,
-        seen=with_tokens(state.seen, tokens, number >= 0),
+        first_places=with_tokens(kept_places, tokens, jnp.where(number >= 0, positions, NOWHERE)),
         answer=None,
     )
 

@@ -39,7 +39,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "policies.recycled_parts policies.full policies.h2o policies.streaming_llm",
     "policies.recycled policies.quest policies.top_k",
     "policies.lookahead policies.snapkv policies.ablations",
-    "policies.registry",
+    "policies.registry state_files",
     "prefilling",
     "generation_loop",
     "generation",

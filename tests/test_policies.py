@@ -3,8 +3,28 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from policy_strings import STRINGS
 
 import recyc_jax as rj
+from recyc_jax.policies.registry import as_policy
+
+
+@pytest.mark.parametrize("text", [*STRINGS, "lookahead", "recycled:budget=4,stride=2,decay=0.25,lookahead=auto"])
+def test_a_policy_says_its_string(text):
+    policy = rj.parse_policy(text)
+    assert rj.parse_policy(str(policy)) == policy
+    assert str(as_policy(policy)) == str(policy)  # ablations are run by a class of their own
+
+
+def test_a_class_of_ones_own_does_not_pass_for_its_base():
+    class Mine(rj.FullAttention):
+        pass
+
+    class MyStride(rj.FixedStride):
+        pass
+
+    assert "Mine" in str(Mine())
+    assert "MyStride" in str(rj.RecycledAttention(4, MyStride(2)))
 
 
 def test_strings_name_policies():

@@ -7,7 +7,7 @@ import pytest
 from checkpoints import write_folder
 
 import recyc_jax as rj
-from recyc_jax.text import prompt_ids
+from recyc_jax.text import prompt_ids, share_read
 
 TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
@@ -118,6 +118,36 @@ def test_samples_of_a_conversation_follow_the_key(lm):
     assert said(0) == said(0) != said(1)
 
 
+def test_a_conversation_that_is_saved_goes_on(lm, tmp_path):
+    """With the tokens of one that was not, reading the turn alone; and a failed load changes nothing."""
+    talk = lm.conversation(policy=POLICY, max_new_tokens=9)
+    with pytest.raises(ValueError, match="nothing to save"):
+        talk.save(tmp_path / "talk")
+    "".join(talk.ask("What is green?"))
+    talk.save(tmp_path / "talk")
+    after = "".join(talk.ask("Why?"))
+    other = lm.conversation(policy="full", max_new_tokens=9)
+    other.load(tmp_path / "talk")
+    assert other.policy == POLICY
+    assert "".join(other.ask("Why?")) == after
+    assert other.tokens == talk.tokens
+    assert other.figures.read_tokens == talk.figures.read_tokens
+    talk.state.save(tmp_path / "state")
+    with pytest.raises(ValueError, match="without a conversation"):
+        other.load(tmp_path / "state")
+    assert other.tokens == talk.tokens
+    with pytest.raises(ValueError, match="is not there"):
+        other.load(tmp_path / "nowhere")
+
+
+def test_the_share_that_a_step_reads():
+    policy = rj.parse_policy(POLICY)
+    assert share_read(rj.FullAttention(), 100, 7.0, 7) == 1
+    assert share_read(policy, 100, 0.0, 10) == pytest.approx(0.08)
+    assert share_read(policy, 100, 5.0, 10) == pytest.approx(0.54)
+    assert share_read(policy, 6, 0.0, 10) == 1
+
+
 def test_the_command(call_module, folder, tmp_path):
     document = tmp_path / "a text.txt"
     document.write_text("The grass is green.")
@@ -130,13 +160,23 @@ def test_the_command(call_module, folder, tmp_path):
     assert "12 made" in ran.stderr
 
 
-def test_the_command_converses(call_module, folder, monkeypatch):
-    lines = ["What is green?", "/stats", "/policy nonsense", "/policy full", "Why?", "/reset", "/what", "", "/quit"]
+def test_the_command_converses(call_module, folder, tmp_path, monkeypatch):
+    kept = tmp_path / "a talk"
+    lines = ["What is green?", "/stats", "/policy nonsense", "/policy full", f"/save {kept}", "/save", "Why?", "/reset"]
+    lines += ["/what", "", f"/load {kept}", "/load /no/such/folder", "Why?", "/quit"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     ran = call_module("recyc_jax", "--chat", "--model", folder, "--max-new-tokens", 6)
     assert ran.returncode == 0, ran.stderr
     assert "'nonsense' is unknown" in ran.stdout
-    assert "full" in ran.stderr.splitlines()[-1]
+    answers = [line.removeprefix("> ") for line in ran.stdout.splitlines()]
+    assert "saved: 2 messages" in ran.stdout
+    assert "loaded: 2 messages" in ran.stdout
+    assert "/save needs what to save" in ran.stdout
+    assert "no/such/folder/card.json is not there" in ran.stdout
+    assert answers[-2] in answers[:-2]  # the answer to "Why?" after loading is the one from before
+    last = ran.stderr.splitlines()[-1]
+    assert "full" in last
+    assert "GiB at most" in last
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,10 @@ from recyc_jax.commands.backends import Backend
 COMMANDS = """/reset            forget the conversation
 /policy STRING    answer under another policy, such as full
 /stats            of the last answer
+/save FOLDER      keep the conversation, with all that the model has read
+/load FOLDER      go on with one that was kept
 /quit             end (as does Ctrl-D); Ctrl-C ends an answer"""
+_EXAMPLES = {"/policy": "full", "/save": "talk-of-today", "/load": "talk-of-today"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,11 +125,10 @@ def _converse(talk: Any, document: str) -> None:
             talk.reset()
         elif command == "/stats":
             print(figures(talk), flush=True)
-        elif command == "/policy":
+        elif command in ("/policy", "/save", "/load"):
             try:
-                command_line.check_policies([rest.strip()], [2**20])
-                talk.policy = rest.strip()
-            except ValueError as error:
+                _obey(talk, command, rest.strip())
+            except (ValueError, OSError) as error:
                 print(error, flush=True)
         elif command.startswith("/"):
             print(COMMANDS, flush=True)
@@ -138,12 +140,41 @@ def _converse(talk: Any, document: str) -> None:
                 print(error, flush=True)
 
 
+def _memory_gib() -> float:
+    """The most memory that was in use: of the accelerator, or on a CPU of this process."""
+    import resource
+
+    import jax
+
+    held = jax.local_devices()[0].memory_stats() or {}
+    most = held.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return most / 2**30
+
+
+def _obey(talk: Any, command: str, argument: str) -> None:
+    """Run a command that has an argument. Raises ValueError or OSError where that fails; nothing has changed then."""
+    if not argument:
+        raise ValueError(f"{command} needs what to {command[1:]}, such as {command} " + _EXAMPLES[command])
+    if command == "/policy":
+        command_line.check_policies([argument], [2**20])
+        talk.policy = argument
+        return
+    folder = Path(argument).expanduser()
+    if command == "/save":
+        talk.save(folder)
+        print(f"saved: {len(talk.messages)} messages, {len(talk.tokens)} tokens", flush=True)
+    else:
+        talk.load(folder)
+        print(f"loaded: {len(talk.messages)} messages, {len(talk.tokens)} tokens, {talk.policy}", flush=True)
+
+
 def figures(talk: Any) -> str:
     """A line about the last answer."""
     of, parts = talk.figures, []
     parts.append(f"{of.read_tokens} tokens read, {of.new_tokens} made in {of.seconds:.1f} s")
     parts.append(f"first after {of.first_seconds:.2f} s, {of.rate:.1f} tokens/s")
     steps = max(1, of.new_tokens - 1)
-    parts.append(f"{of.full_steps:.0f} of {steps} steps full")
+    parts.append(f"{of.full_steps:.0f} of {steps} steps full, {of.share_read:.1%} of the context read by a step")
     parts.append(f"{len(talk.tokens)} tokens in the cache, {talk.policy}")
+    parts.append(f"{_memory_gib():.1f} GiB at most")
     return "; ".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.policies.base import Attended, Caches, Policy, Step
@@ -13,6 +14,8 @@ from recyc_jax.policies.recycled_parts import Noted, RecycledState, Rows, States
 
 class NoRefresh(RecycledAttention):
     """Full steps attend to everything, but do not refresh the kept set."""
+
+    method: ClassVar[str] = "recycled"
 
     def refresh(self, attention: Implementation, states: States, noted: Sequence[Noted], caches: Caches) -> States:
         return states
@@ -24,6 +27,8 @@ class NoRefresh(RecycledAttention):
 
 class NoFullAttention(RecycledAttention):
     """Full steps refresh the kept set, but their output comes from the old set. They are not counted as full."""
+
+    method: ClassVar[str] = "recycled"
 
     def full_step(self, attention: Implementation, step: Step, state: RecycledState, rows: Rows = None) -> Attended:
         seen = super().full_step(attention, step, state, rows)

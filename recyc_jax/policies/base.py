@@ -13,7 +13,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.struct
 from jaxtyping import Array, Bool
@@ -85,13 +85,45 @@ class Attended(NamedTuple):
     noted: Any = None  # from a deciding step: what `refresh` needs of it (recycled attention: scores and rows)
 
 
+class Options(abc.ABC):
+    """A field of a policy that a policy string spells as several options: a schedule."""
+
+    @abc.abstractmethod
+    def options(self) -> dict[str, str]:
+        """The options, by name."""
+
+
+def spelled(value: Any) -> str:
+    """An option's value as policy strings have it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy(abc.ABC):
     """A method that chooses which cached tokens a decode step reads.
 
     Every method has `start` and `partial_step`; one with a `period` also `deciding_step`, and `refresh` if that step
     changes what is kept. Policies are hashable (static arguments of `jax.jit`); a layer's state has the same structure,
-    shapes and dtypes after every step; no row's result depends on another row."""
+    shapes and dtypes after every step; no row's result depends on another row. `str(policy)` is its policy string, from
+    which `parse_policy` makes an equal policy (its `repr` where the class has no `method`)."""
+
+    method: ClassVar[str | None] = None
+    """The name of the class in policy strings; a subclass does not inherit it."""
+
+    def __str__(self) -> str:
+        method = type(self).__dict__.get("method")
+        if method is None:
+            return repr(self)
+        said: dict[str, str] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Options):
+                if "options" not in type(value).__dict__:  # a schedule of one's own
+                    return repr(self)
+                said |= value.options()
+            elif value is not None and (value != field.default or field.name in ("budget", "stride")):
+                said[field.name] = spelled(value)
+        return f"{method}:{','.join('='.join(pair) for pair in said.items())}" if said else method
 
     @property
     def period(self) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -14,6 +15,8 @@ from recyc_jax.policies.base import Attended, Caches, Policy, PromptStats, Step
 @dataclasses.dataclass(frozen=True)
 class FullAttention(Policy):
     """Attend to every token so far, at every step."""
+
+    method: ClassVar[str] = "full"
 
     def start(self, attention: Implementation, prompt: Sequence[PromptStats], caches: Caches) -> tuple[None, ...]:
         return (None,) * len(prompt)

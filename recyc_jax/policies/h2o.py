@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ class H2O(Policy):
     head, then the maximum over the group's query heads; ties keep the earlier token. A dropped token never returns.
     With `full_stride`, every `full_stride`-th step (counted from 1) attends to the whole cache and adds its
     probabilities to the masses of kept tokens only."""
+
+    method: ClassVar[str] = "h2o"
 
     budget: int
     full_stride: int | None = None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
@@ -61,6 +61,8 @@ class Lookahead(Policy):
     and is 24 at least, or `budget // 32` if that is less.
     `window`, `decay` and `pool` are those of `RecycledAttention`. `remainder=False` leaves the rest out, as
     `RecycledAttention` does."""
+
+    method: ClassVar[str] = "lookahead"
 
     budget: int = 1024
     stride: int = 50

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.struct
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class Quest(Policy):
 
     A step also reads two keys per page to compute the bounds: as many bytes as `tokens / page` cached tokens, each of
     which is a key and a value. Steps of the dense layers count as full steps."""
+
+    method: ClassVar[str] = "quest"
 
     budget: int
     page: int = 16

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -36,6 +36,8 @@ class RecycledAttention(Policy):
     is the width of max-pooling; with `evict=False` no token leaves before the next refresh (section 5). Ours, off in
     the paper's rule: `lookahead` also keeps that many tokens after each attended token ("auto": one per step until the
     next deciding step), `decay` remembers scores (`Memory`), the prompt's last `window` tokens make the first choice."""
+
+    method: ClassVar[str] = "recycled"
 
     budget: int
     schedule: FixedStride | QuerySimilarity

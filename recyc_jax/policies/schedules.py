@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from recyc_jax.policies.base import Step
+from recyc_jax.policies.base import Options, Step, spelled
 from recyc_jax.validation import real_number, whole_number
 
 
 @dataclasses.dataclass(frozen=True)
-class FixedStride:
+class FixedStride(Options):
     """Every `stride`-th decode step is full, counted from 1: steps stride, 2 stride, ... (the paper's S).
 
     `stride=1` is full attention. Decode step 1 feeds the first new token, so M new tokens take M - 1 steps.
@@ -31,6 +31,9 @@ class FixedStride:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", whole_number("stride", self.stride, 1))
+
+    def options(self) -> dict[str, str]:
+        return {"stride": spelled(self.stride)}
 
     @property
     def period(self) -> int:
@@ -52,7 +55,7 @@ class FixedStride:
 
 
 @dataclasses.dataclass(frozen=True)
-class QuerySimilarity:
+class QuerySimilarity(Options):
     """At every `check_every`-th decode step, a layer takes a partial step if its query is still similar to the query of
     its last full step, and a full step otherwise.
 
@@ -73,6 +76,9 @@ class QuerySimilarity:
     def __post_init__(self) -> None:
         object.__setattr__(self, "check_every", whole_number("check_every", self.check_every, 1))
         object.__setattr__(self, "threshold", real_number("threshold", self.threshold, -1.0, 1.0))
+
+    def options(self) -> dict[str, str]:
+        return {name: spelled(getattr(self, name)) for name in ("check_every", "threshold", "rope")}
 
     @property
     def period(self) -> int:

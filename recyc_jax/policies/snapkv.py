@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.attention.kept import Reads
@@ -31,6 +31,8 @@ class SnapKV(Policy):
     window (all queries of a shorter prompt), then the maximum over the group's query heads, then max-pooled. `pool`,
     `budget` and `lookahead` are those of `RecycledAttention`, but `lookahead` cannot be "auto", because no refresh
     follows."""
+
+    method: ClassVar[str] = "snapkv"
 
     budget: int
     window: int = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
@@ -24,6 +24,8 @@ class StreamingLLM(Policy):
 
     With `full_stride`, every `full_stride`-th step (counted from 1, as in `FixedStride`) attends to the whole cache:
     "StreamingLLM++" of the recycled-attention paper's first version, whose full steps do not change the kept set."""
+
+    method: ClassVar[str] = "streaming_llm"
 
     budget: int
     sinks: int = 4

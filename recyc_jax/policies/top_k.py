@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -22,6 +23,8 @@ class TopK(Policy):
 
     Its output is what the best set of `budget` tokens gives if a group shares one set. Keys of the whole cache are read
     at every step, so it saves the values alone."""
+
+    method: ClassVar[str] = "top_k"
 
     budget: int
 
