@@ -17,7 +17,7 @@ from jaxtyping import Array, Int, Key
 from recyc_jax import generation_loop, implementations
 from recyc_jax.cache import KVCache
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation_loop import DecodeState
+from recyc_jax.generation_loop import DecodeState, Piece
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
@@ -134,6 +134,41 @@ def decode(
     `extend` reads a further turn, and `rewind` goes back to the prompts. Raises ValueError where `max_new_tokens`
     exceeds the room, where the policy needs statistics that prefill was not asked to keep or is another one than the
     answer was begun under, and where sampling lacks a key."""
+    return advance(
+        params,
+        config,
+        state,
+        policy=policy,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        key=key,
+        implementation=implementation,
+        rewind=rewind,
+        top_log_probabilities=top_log_probabilities,
+        stop=stop,
+    )
+
+
+def advance(
+    params: Params,
+    config: LlamaConfig,
+    state: Prefilled,
+    *,
+    policy: Policy | str,
+    max_new_tokens: int | None,
+    rewind: bool,
+    sampling: Any = Greedy(),
+    eos_ids: Any = None,
+    pad_id: int = 0,
+    key: Any = None,
+    implementation: str | None = None,
+    top_log_probabilities: int | None = None,
+    stop: Sequence[Sequence[int]] = (),
+    piece: Piece | None = None,
+) -> tuple[Generation | ScoredGeneration, Prefilled]:
+    """The function behind `decode`. With a `piece`, `max_new_tokens` are its steps, or fewer of them."""
     policy = as_policy(policy)
     check_state(state, policy, implementation)
     new_tokens = state.room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
@@ -147,7 +182,7 @@ def decode(
     bound = None if rewind and state.answer is None else state.cache.capacity
     limit = jnp.asarray(new_tokens, jnp.int32)
     if new_tokens == 1 and state.answer is None:
-        width, limit = 1, None  # no step: a small program, after which a stream needs one more
+        width, limit, piece = 1, None, None  # no step: a small program, after which a stream needs one more
     top = None if top_log_probabilities is None else whole_number("top_log_probabilities", top_log_probabilities, 0)
     stops = tuple(tuple(whole_number("stop", token, 0) for token in one) for one in stop)
     if not all(stops):
@@ -166,6 +201,7 @@ def decode(
         rewind,
         top,
         stops,
+        piece,
     )
     out, state = decode_tokens(params, state.without_room(), *arguments)
     if width != new_tokens:
@@ -190,7 +226,7 @@ def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, polic
     jax.jit,
     static_argnames=(
         *("config", "policy", "new_tokens", "eos_ids", "pad_id", "implementation"),
-        *("bound", "rewind", "top", "stops"),
+        *("bound", "rewind", "top", "stops", "piece"),
     ),
     donate_argnames="state",
 )
@@ -210,6 +246,7 @@ def decode_tokens(
     rewind: bool = True,
     top: int | None = None,
     stops: tuple[tuple[int, ...], ...] = (),
+    piece: Piece | None = None,
 ) -> tuple[Generation | ScoredGeneration, Prefilled]:
     """The program behind `decode`: `new_tokens` tokens a row, or `limit` of these; from prefill's logits on, they take
     one decode step fewer."""
@@ -252,7 +289,7 @@ def decode_tokens(
             before.sampling,
         )
         last = before.step + (new_tokens if limit is None else limit)
-    end = generation_loop.proceed(params, *loop, state.row_lengths, now, last, bound)
+    end = generation_loop.proceed(params, *loop, state.row_lengths, now, last, bound, piece)
     lengths, full_steps = end.lengths, end.full_steps
     if before is not None:
         lengths, full_steps = lengths - before.lengths, full_steps - before.full_steps

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -39,6 +39,36 @@ MOST_PER_SCAN = 16
 """The loop looks after at most this many partial steps whether all rows have ended."""
 MOST_WITH_LIMIT = 8
 """The same where `limit` is an array, so that few steps run over it."""
+
+
+class Piece(NamedTuple):
+    """A fixed run of the loop, for streams: `rounds` times a deciding step, if one is due, and up to `partial` partial
+    steps. A host that runs it has nothing to wait for once its first deciding step is chosen, so that it prepares the
+    next piece meanwhile."""
+
+    partial: int
+    rounds: int = 1
+
+    @classmethod
+    def of(cls, policy: Policy) -> Piece:
+        """At most `MOST_PER_SCAN` steps, as few as can be of which are none."""
+        period = policy.period
+        if period is None:
+            return cls(MOST_PER_SCAN)
+        if period <= MOST_PER_SCAN:
+            return cls(period - 1, MOST_PER_SCAN // period)
+        return cls(min(range(MOST_PER_SCAN - 1, 3, -1), key=lambda steps: -(period - 1) % steps))
+
+    def steps(self, policy: Policy, step: int) -> int:
+        """The steps that it takes after step number `step`."""
+        before, period = step, policy.period
+        for _ in range(self.rounds):
+            left = self.partial
+            if period is not None:
+                step += (step + 1) % period == 0
+                left = min(left, period - 1 - step % period)
+            step += left
+        return step - before
 
 
 @flax.struct.dataclass
@@ -116,9 +146,10 @@ def proceed(
     state: DecodeState,
     last: Array | None,
     bound: int | None,
+    piece: Piece | None = None,
 ) -> DecodeState:
     """The state after decode step number `last`, counted from the prompt, or earlier, once all rows have ended; None: as
-    many steps as `output` has columns after the first."""
+    many steps as `output` has columns after the first. With a `piece`, `last` is a step that it reaches."""
     columns = jax.tree.leaves(state.output)[0].shape[1]
     steps, policy = columns - 1 if last is None else last, acting(policy, config)
     if columns == 1 and last is None:
@@ -132,7 +163,7 @@ def proceed(
         most = period or columns  # a policy that never decides takes partial steps alone
         per_scan = _largest_common_divisor(min(most - 1, columns - 1), (columns - 1) % most)
     else:
-        per_scan = steps_at_once(policy)
+        per_scan = _steps_at_once(policy) if piece is None else piece.partial
 
     def unfinished(state: DecodeState) -> Array:
         return (state.step < steps) & ~jnp.all(state.done)
@@ -153,18 +184,26 @@ def proceed(
     def partial_steps(state: DecodeState) -> DecodeState:
         return lax.scan(one_partial_step, state, length=per_scan)[0]
 
-    def one_period(state: DecodeState) -> DecodeState:
-        if period != 1:
-            state = lax.while_loop(lambda s: unfinished(s) & is_next(s, deciding=False), partial_steps, state)
+    def decided(state: DecodeState) -> DecodeState:
         if period is None:
             return state
         decides = unfinished(state) & is_next(state, deciding=True)
         return lax.cond(decides, functools.partial(take_step, deciding=True), lambda state: state, state)
 
+    def one_period(state: DecodeState) -> DecodeState:
+        if period != 1:
+            state = lax.while_loop(lambda s: unfinished(s) & is_next(s, deciding=False), partial_steps, state)
+        return decided(state)
+
+    def one_round(state: DecodeState, _: None) -> tuple[DecodeState, None]:
+        return partial_steps(decided(state)), None
+
+    if piece is not None:
+        return lax.scan(one_round, state, length=piece.rounds)[0]
     return lax.while_loop(unfinished, one_period, state)
 
 
-def steps_at_once(policy: Policy) -> int:
+def _steps_at_once(policy: Policy) -> int:
     """The partial steps that the loop takes in one go where `limit` is an array."""
     return 4 if policy.period is None else _largest_common_divisor(policy.period - 1, most=MOST_WITH_LIMIT)
 

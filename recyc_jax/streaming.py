@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from recyc_jax import generation_loop
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import check_sampling, decode
-from recyc_jax.generation_loop import steps_at_once
+from recyc_jax.generation import advance, check_sampling
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
@@ -19,9 +19,6 @@ from recyc_jax.policies.registry import as_policy
 from recyc_jax.prefilling import Prefilled, prefill
 from recyc_jax.sampling import Greedy
 from recyc_jax.spelling import Spelling
-
-MOST = 16
-"""Tokens of a piece at most."""
 
 
 class Piece(NamedTuple):
@@ -129,12 +126,13 @@ def _pieces(
     params: Params, config: LlamaConfig, state: Prefilled, policy: Policy, count: int, options: dict[str, Any]
 ) -> Iterator[tuple[_Out, Prefilled, bool]]:
     """(piece, the state after what has been begun so far, whether it is the last one). One piece is begun ahead."""
-    made, waiting = 0, None
+    made, waiting, piece = 0, None, generation_loop.Piece.of(policy)
     step = None if state.answer is None else int(state.answer.step)
+    options = options | {"policy": policy, "rewind": False, "piece": piece}
     while made < count:
         # the first token takes no step; alone it is there soon, and all further pieces are made by one program
-        size = 1 if step is None else min(_size(policy, step), count - made)
-        out, state = decode(params, config, state, policy=policy, max_new_tokens=size, rewind=False, **options)
+        size = 1 if step is None else min(piece.steps(policy, step), count - made)
+        out, state = advance(params, config, state, max_new_tokens=size, **options)
         step, made = 0 if step is None else step + size, made + size
         assert state.answer is not None
         out = _Out(*out[:3], jnp.copy(state.answer.done))  # the state's own is donated to the next piece
@@ -145,14 +143,3 @@ def _pieces(
         waiting = out
     if waiting is not None:
         yield waiting, state, True
-
-
-def _size(policy: Policy, step: int) -> int:
-    """The tokens of the next piece: steps that the loop takes in whole scans, up to a deciding step or `MOST`."""
-    scan = steps_at_once(policy)
-    size = max(scan, MOST // scan * scan)
-    if policy.period is not None:
-        left = policy.period - step % policy.period  # steps to the next deciding one, which is counted
-        if left <= MOST:
-            size = left + (MOST - left) // policy.period * policy.period
-    return min(size, MOST)

@@ -9,10 +9,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from recyc_jax import implementations
-from recyc_jax.attention import remainder, selection
+from recyc_jax.attention import reference, remainder, selection
 from recyc_jax.attention.kept import Reads
 from recyc_jax.cache import LayerCache
-from recyc_jax.kernels.gpu import prefill_attention, triton_call
+from recyc_jax.kernels.gpu import prefill_attention, triton_call, turn_attention
 
 B, K, G, S, H = 2, 2, 3, 40, 8
 SLOTS = jnp.arange(S)
@@ -357,9 +357,10 @@ def test_an_unknown_name_raises():
         implementations.resolve("magic")
 
 
+@pytest.mark.parametrize("kernel", [prefill_attention, turn_attention])
 @pytest.mark.parametrize(("width", "offset", "dim"), [(8, 16, 8), (37, 0, 80), (130, 200, 16)])
-def test_chunk_kernel(width, offset, dim, monkeypatch):
-    """The GPU's prefill kernel in float32, called directly: rows that begin within a block, and odd sizes."""
+def test_chunk_kernel(kernel, width, offset, dim, monkeypatch):
+    """The GPU's kernels of chunks in float32, called directly: rows that begin within a block, and odd sizes."""
     monkeypatch.setattr(triton_call, "INTERPRET", jax.default_backend() == "cpu")
     rng = np.random.default_rng(1)
     q, keys, values = (
@@ -367,7 +368,7 @@ def test_chunk_kernel(width, offset, dim, monkeypatch):
         for shape in ((2, width, 6, dim), (2, 2, 400, dim), (2, 2, 400, dim))
     )
     starts = jnp.asarray([max(0, offset - 70), offset + 3], jnp.int32)
-    got = np.asarray(prefill_attention.chunk(q, keys, values, starts, jnp.int32(offset)))
+    got = np.asarray(kernel.chunk(q, keys, values, starts, jnp.int32(offset)))
     slots = np.arange(400)
     for row in range(2):
         for query in range(width):
@@ -382,3 +383,20 @@ def test_chunk_kernel(width, offset, dim, monkeypatch):
                 want = weights / weights.sum() @ np.asarray(values[row, head // 3], np.float64)[seen]
                 np.testing.assert_allclose(got[row, query, head], want, atol=1e-5)
     assert np.isfinite(got).all()
+
+
+@pytest.mark.parametrize(("width", "length", "dim"), [(1, 40, 8), (5, 40, 80), (32, 397, 16), (32, 20, 16)])
+def test_window_scores_kernel(width, length, dim, monkeypatch):
+    """As the reference, also in rows that are shorter than the window, and for probabilities that exp would lose."""
+    monkeypatch.setattr(triton_call, "INTERPRET", jax.default_backend() == "cpu")
+    rng = np.random.default_rng(2)
+    q, keys, values = (
+        jnp.asarray(rng.normal(size=shape) * 6, jnp.float32)
+        for shape in ((2, width, 6, dim), (2, 2, 400, dim), (2, 2, 400, dim))
+    )
+    length, starts = max(length, width), jnp.asarray([max(0, length - 70), length - 3], jnp.int32)
+    got = turn_attention.window_scores(q, keys, values, starts, jnp.int32(length))
+    want = reference.window_scores(q, keys, starts, jnp.int32(length))
+    for row in range(2):
+        places = slice(int(starts[row]), length)
+        np.testing.assert_allclose(got[row, :, places], want[row, :, places], atol=1e-3, rtol=1e-5)

@@ -26,6 +26,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "kernels.gpu.triton_call kernels.tpu.tiles",
     "kernels.gpu.rows",
     "kernels.gpu.decode_attention kernels.gpu.prefill_attention kernels.gpu.top_slots kernels.gpu.products",
+    "kernels.gpu.turn_attention",
     "kernels.gpu.normed",
     "kernels.tpu.decode_attention kernels.tpu.prefill_attention kernels.tpu.compaction kernels.tpu.copied_set",
     "kernels.gpu.decoder_layers kernels.gpu.whole_sequence.tiling",

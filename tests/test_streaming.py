@@ -6,6 +6,7 @@ import pytest
 from policy_strings import NEW, RAGGED, STRINGS, every_policy
 
 import recyc_jax as rj
+from recyc_jax.generation_loop import Piece
 from recyc_jax.spelling import Spelling
 
 
@@ -89,3 +90,18 @@ def test_no_half_characters(size):
     assert "".join(said) == text
     assert not any("\ufffd" in piece for piece in said)
     assert Spelling(Bytes()).add([0xF0, 0x9F], True) == "\ufffd"
+
+
+@pytest.mark.parametrize("period", [None, 1, 2, 3, 7, 10, 16, 17, 24, 48, 50, 64, 100])
+def test_pieces_are_short_and_waste_little(period):
+    """From any step, a piece takes from 1 to 16 steps, and few of those that its program has room for are none."""
+    policy = rj.FullAttention() if period is None else rj.Lookahead(8, period)
+    piece = Piece.of(policy)
+    for first in range(0, 3 * (period or 5)):
+        assert 1 <= piece.steps(policy, first) <= 16
+    step = used = made = 0
+    while step < 1000:
+        taken = piece.steps(policy, step)
+        decides = 0 if period is None else (step + taken) // period - step // period
+        step, used, made = step + taken, used + decides + piece.rounds * piece.partial, made + taken
+    assert used <= 1.05 * made

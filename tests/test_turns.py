@@ -148,7 +148,7 @@ def test_what_does_not_go_on_is_named(params, config):
         rj.extend(params, config, state, [[1], [2]])
     place = rj.bookmark(state)
     _, state = rj.decode(params, config, state, policy="full", max_new_tokens=2, rewind=False)
-    with pytest.raises(ValueError, match="begun under FullAttention"):
+    with pytest.raises(ValueError, match="begun under full"):
         rj.decode(params, config, state, policy=STRINGS[1], max_new_tokens=1)
     with pytest.raises(ValueError, match="max_new_tokens=3"):
         rj.decode(params, config, state, policy="full", max_new_tokens=3)

@@ -234,12 +234,12 @@ def _attend_on_device(
     logits = sums.pop()[:, :, :groups, :count] if with_logits else None
     dtype = jnp.dtype(jnp.float32) if unrounded else q.dtype
     also = (q.reshape(batch, kv_heads, groups, dim), *rest) if rest else ()
-    sides = [_merge(side, peaks, totals, also, groups, dim, dtype) for side in sums]
+    sides = [merge(side, peaks, totals, also, groups, dim, dtype) for side in sums]
     (out, normaliser), key = sides[0], sides[1][0].reshape(q.shape) if with_key else None
     return _Seen(out.reshape(q.shape), normaliser, key, logits)
 
 
-def _merge(
+def merge(
     outs: Array, peaks: Array, totals: Array, also: tuple[Array, ...], groups: int, dim: int, dtype: Any
 ) -> tuple[Array, Array]:
     """The output [B, K, G, H] of all parts, and its logsumexp [B, K, G]. `also`: the queries, and the key, the value

@@ -14,7 +14,7 @@ from recyc_jax.attention.kept import KeptSlots, Reads
 from recyc_jax.attention.remainder import Moments, Remainder
 from recyc_jax.cache import LayerCache
 from recyc_jax.config import LlamaConfig
-from recyc_jax.kernels.gpu import decode_attention, decoder_layers, prefill_attention, top_slots
+from recyc_jax.kernels.gpu import decode_attention, decoder_layers, prefill_attention, top_slots, turn_attention
 
 
 @flax.struct.dataclass
@@ -41,6 +41,12 @@ def _fits_prefill(q: Array) -> bool:
     return q.dtype.itemsize == 2 and q.shape[-1] <= 128
 
 
+def _are_few(q: Array) -> bool:
+    """Whether prefill's kernel, with a program for each head and block of queries, would leave a GPU half empty."""
+    batch, width, heads, _ = q.shape
+    return batch * heads * -(-width // prefill_attention.TILE[0]) <= turn_attention.PROGRAMS // 2
+
+
 class GPU(Implementation):
     """As `Implementation`. On a CPU the kernels run only in Pallas' interpreter (`triton_call.INTERPRET`)."""
 
@@ -50,9 +56,17 @@ class GPU(Implementation):
     def chunk(
         self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
     ) -> Float[Array, "B C N H"]:
-        if _fits_prefill(q):
-            return prefill_attention.chunk(q, cached.keys, cached.values, starts, offset)
-        return super().chunk(q, cached, starts, offset)
+        if not _fits_prefill(q):
+            return super().chunk(q, cached, starts, offset)
+        kernel = turn_attention if _are_few(q) else prefill_attention
+        return kernel.chunk(q, cached.keys, cached.values, starts, offset)
+
+    def window_scores(
+        self, q: Float[Array, "B W N H"], cached: LayerCache, starts: Int[Array, " B"], length: Int[Array, ""]
+    ) -> Float[Array, "B K S"]:
+        if not _fits_prefill(q) or q.shape[1] > turn_attention.TILE:
+            return super().window_scores(q, cached, starts, length)
+        return turn_attention.window_scores(q, cached.keys, cached.values, starts, length)
 
     def window_chunk(
         self,

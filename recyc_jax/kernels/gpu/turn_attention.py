@@ -1,0 +1,215 @@
+"""Attention of a few queries per row on NVIDIA GPUs: further turns, blocks of drafted tokens, and the scores of a prompt's
+last queries.
+
+Fewer queries than fill a GPU are to read a long cache once. As for one query (`decode_attention.py`), the slots are split
+among programs and a second kernel merges their softmaxes; as in prefill, a program multiplies a tile of queries: those of
+all query heads that share a key/value head, so that every key is loaded once for all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from recyc_jax import sharding
+from recyc_jax.attention.reference import MASKED
+from recyc_jax.kernels.gpu import triton_call
+from recyc_jax.kernels.gpu.decode_attention import LEAST, merge
+
+TILE = 128
+"""Queries (of all heads of a group) that a program multiplies at a time, at most."""
+BLOCK = 64
+"""Slots that a program reads at a time."""
+PROGRAMS = 264
+"""Programs that fill a GPU: two for each of an H100's processors."""
+
+
+def chunk(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> Float[Array, "B C N H"]:
+    """As `prefill_attention.chunk`."""
+    return _attend(q, keys, values, starts, offset)[0]
+
+
+def window_scores(
+    q: Float[Array, "B W N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    length: Int[Array, ""],
+) -> Float[Array, "B K S"]:
+    """As `reference.window_scores`: a pass for the queries' normalisers, and one in which every slot is scored."""
+    offset = length - q.shape[1]
+    _, normaliser = _attend(q, keys, values, starts, offset)
+    inputs = ("B-K-", "BK--", "BK-", "B", "-")
+    local = sharding.split_kernel(_scores_on_device, q.shape[0], inputs, "BK-")
+    return local(q, keys, normaliser, starts, jnp.reshape(offset, 1))
+
+
+def _attend(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> tuple[Array, Array]:
+    """The output [B, C, N, H], and each query's logsumexp [B, K, C G]."""
+    inputs = ("B-K-", "BK--", "BK--", "B", "-")
+    local = sharding.split_kernel(_attend_on_device, q.shape[0], inputs, ("B-K-", "BK-"))
+    return local(q, keys, values, starts, jnp.reshape(offset, 1))
+
+
+def _by_kv_head(q: Array, kv_heads: int) -> Array:
+    """[B, C, N, H] as [B, K, C G, H], the queries of a token side by side."""
+    batch, width, heads, dim = q.shape
+    grouped = q.reshape(batch, width, kv_heads, heads // kv_heads, dim)
+    return grouped.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
+
+
+def _attend_on_device(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> tuple[Array, Array]:
+    batch, width, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    groups, rows, lanes = heads // kv_heads, width * (heads // kv_heads), max(LEAST, pl.next_power_of_2(dim))
+    tile = min(TILE, max(LEAST, pl.next_power_of_2(rows)))
+    tiles, blocks = pl.cdiv(rows, tile), pl.cdiv(keys.shape[2], BLOCK)
+    parts = max(1, min(blocks, PROGRAMS // (batch * kv_heads * tiles)))
+    padded = jnp.pad(_by_kv_head(q, kv_heads), [(0, 0), (0, 0), (0, tiles * tile - rows), (0, lanes - dim)])
+    shape = (batch, kv_heads, parts, tiles * tile)
+    outs, peaks, totals = triton_call.call(
+        _attend_part,
+        [padded, keys, values, starts, offset],
+        [jax.ShapeDtypeStruct((*shape, lanes), jnp.float32), *[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2],
+        (tiles, batch * kv_heads, parts),
+        "turn_attention",
+        warps=8 if tile > 64 else 4,
+        stages=3,
+        tile=tile,
+        groups=groups,
+        width=width,
+        dim=dim,
+    )
+    out, normaliser = merge(outs, peaks, totals, (), rows, dim, q.dtype)
+    out = out.reshape(batch, kv_heads, width, groups, dim).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    return out, normaliser
+
+
+def _load_block(ref: Any, row: Array, head: Array, slot: Array, lane: Array) -> Array:
+    """The keys or values of some slots; zeros past the end of the cache and of the head dim."""
+    capacity, dim = ref.shape[2:]
+    in_range, mask = jnp.minimum(slot, capacity - 1)[:, None], (slot < capacity)[:, None]
+    if lane.size == dim:  # unclamped: Triton must see that lanes are adjacent
+        index, mask = (row, head, in_range, lane[None, :]), jnp.broadcast_to(mask, (slot.size, lane.size))
+    else:
+        index, mask = (row, head, in_range, jnp.minimum(lane, dim - 1)[None, :]), mask & (lane < dim)[None, :]
+    return plt.load(ref.at[index], mask=mask, other=0)
+
+
+def _attend_part(
+    q_ref: Any,
+    keys_ref: Any,
+    values_ref: Any,
+    starts_ref: Any,
+    offset_ref: Any,
+    out_ref: Any,
+    peak_ref: Any,
+    total_ref: Any,
+    *,
+    tile: int,
+    groups: int,
+    width: int,
+    dim: int,
+) -> None:
+    """One program: the running softmax of a tile of queries over its share of a head's slots."""
+    number, of_head, part = (pl.program_id(axis) for axis in range(3))
+    kv_heads, parts = keys_ref.shape[1], peak_ref.shape[2]
+    row, head = of_head // kv_heads, of_head % kv_heads
+    query, lane, lanes = number * tile + jnp.arange(tile), jnp.arange(q_ref.shape[3]), jnp.arange(BLOCK)
+    start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
+    query_slot = offset + jnp.minimum(query // groups, width - 1)
+    q = plt.load(q_ref.at[row, head, query[:, None], lane[None, :]])
+
+    def attend_block(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        peak, total, out = carry
+        slot = block * BLOCK + lanes
+        logits = plt.dot(q, _load_block(keys_ref, row, head, slot, lane).T, allow_tf32=False).astype(jnp.float32)
+        seen = (slot[None, :] <= query_slot[:, None]) & (slot >= start)[None, :]
+        logits = jnp.where(seen, logits * dim**-0.5, MASKED)
+        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
+        shrink, weights = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
+        v = _load_block(values_ref, row, head, slot, lane)
+        block_out = plt.dot(weights.astype(v.dtype), v, allow_tf32=False).astype(jnp.float32)
+        return new_peak, total * shrink + jnp.sum(weights, axis=1), out * shrink[:, None] + block_out
+
+    carry = (
+        jnp.full(tile, MASKED, jnp.float32),
+        jnp.zeros(tile, jnp.float32),
+        jnp.zeros((tile, lane.size), jnp.float32),
+    )
+    first, end = start // BLOCK, (offset + width + BLOCK - 1) // BLOCK
+    share = (end - first + parts - 1) // parts
+    begin = first + part * share
+    peak, total, out = lax.fori_loop(begin, jnp.minimum(begin + share, end), attend_block, carry)
+    plt.store(out_ref.at[row, head, part, query[:, None], lane[None, :]], out)
+    plt.store(peak_ref.at[row, head, part, query], peak)
+    plt.store(total_ref.at[row, head, part, query], total)
+
+
+# --- the scores of slots under the last queries ----------------------------------------------------------------------
+
+
+def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, offset: Array) -> Array:
+    batch, width, heads, dim = q.shape
+    kv_heads, capacity = keys.shape[1:3]
+    groups, lanes = heads // kv_heads, max(LEAST, pl.next_power_of_2(dim))
+    tile, blocks = max(LEAST, pl.next_power_of_2(width)), pl.cdiv(capacity, BLOCK)
+    q = q.reshape(batch, width, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, W, H]
+    q = jnp.pad(q, [(0, 0)] * 3 + [(0, tile - width), (0, lanes - dim)])
+    normaliser = normaliser.reshape(batch, kv_heads, width, groups).swapaxes(2, 3)
+    normaliser = jnp.pad(normaliser, [(0, 0)] * 3 + [(0, tile - width)])
+    (scores,) = triton_call.call(
+        _score_block,
+        [q, keys, normaliser, starts, offset],
+        [jax.ShapeDtypeStruct((batch, kv_heads, blocks * BLOCK), jnp.float32)],
+        (blocks, batch * kv_heads),
+        "window_scores",
+        warps=4,
+        stages=2,
+        width=width,
+        dim=dim,
+    )
+    return scores[:, :, :capacity]
+
+
+def _score_block(
+    q_ref: Any,
+    keys_ref: Any,
+    normaliser_ref: Any,
+    starts_ref: Any,
+    offset_ref: Any,
+    score_ref: Any,
+    *,
+    width: int,
+    dim: int,
+) -> None:
+    """One program: the scores of a block of slots under one key/value head."""
+    block, of_head = (pl.program_id(axis) for axis in range(2))
+    kv_heads, groups, tile = keys_ref.shape[1], q_ref.shape[2], q_ref.shape[3]
+    row, head = of_head // kv_heads, of_head % kv_heads
+    query, lane, slot = jnp.arange(tile), jnp.arange(q_ref.shape[4]), block * BLOCK + jnp.arange(BLOCK)
+    start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
+    query_slot = offset + query
+    is_query = (query < width) & (query_slot >= start)
+    seen = (slot[None, :] <= query_slot[:, None]) & is_query[:, None]
+    k = _load_block(keys_ref, row, head, slot, lane)
+    best = jnp.full(BLOCK, MASKED, jnp.float32)
+    for group in range(groups):
+        q = plt.load(q_ref.at[row, head, group, query[:, None], lane[None, :]])
+        logits = plt.dot(q, k.T, allow_tf32=False).astype(jnp.float32) * dim**-0.5
+        normaliser = plt.load(normaliser_ref.at[row, head, group, query])
+        logits = jnp.where(seen, logits - normaliser[:, None], MASKED)
+        peak = jnp.max(logits, axis=0)
+        best = jnp.maximum(best, peak + jnp.log(jnp.sum(jnp.exp(logits - peak[None, :]), axis=0)))
+    plt.store(score_ref.at[row, head, slot], best)
