@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recyc_jax.config import LlamaConfig, RopeScaling
-    from recyc_jax.generation import Generation, ScoredGeneration, decode, generate
+    from recyc_jax.generation import Generation, LosslessGeneration, ScoredGeneration, decode, generate
     from recyc_jax.loading.pretrained import PretrainedLM, load_pretrained
     from recyc_jax.model import forward, init_params
     from recyc_jax.policies.base import Policy
     from recyc_jax.policies.full import FullAttention
     from recyc_jax.policies.h2o import H2O
     from recyc_jax.policies.lookahead import Lookahead
+    from recyc_jax.policies.lossless import Lossless
     from recyc_jax.policies.quest import Quest
     from recyc_jax.policies.recycled import RecycledAttention
     from recyc_jax.policies.registry import parse_policy
@@ -40,13 +41,14 @@ if TYPE_CHECKING:
 # Loaded when first used, so that a command line answers `--help` before JAX is imported.
 _PUBLIC = {
     "recyc_jax.config": ("LlamaConfig", "RopeScaling"),
-    "recyc_jax.generation": ("Generation", "ScoredGeneration", "decode", "generate"),
+    "recyc_jax.generation": ("Generation", "LosslessGeneration", "ScoredGeneration", "decode", "generate"),
     "recyc_jax.loading.pretrained": ("PretrainedLM", "load_pretrained"),
     "recyc_jax.model": ("forward", "init_params"),
     "recyc_jax.policies.base": ("Policy",),
     "recyc_jax.policies.full": ("FullAttention",),
     "recyc_jax.policies.h2o": ("H2O",),
     "recyc_jax.policies.lookahead": ("Lookahead",),
+    "recyc_jax.policies.lossless": ("Lossless",),
     "recyc_jax.policies.quest": ("Quest",),
     "recyc_jax.policies.recycled": ("RecycledAttention",),
     "recyc_jax.policies.registry": ("parse_policy",),
@@ -79,6 +81,8 @@ __all__ = [
     "LlamaConfig",
     "LogitBias",
     "Lookahead",
+    "Lossless",
+    "LosslessGeneration",
     "MinNewTokens",
     "Piece",
     "Policy",

@@ -12,6 +12,7 @@ inside a compiled program the exchange of two axes moves nothing."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import flax.struct
@@ -64,7 +65,7 @@ class LayerCache:
         """S, the number of slots (R, that of places, in a ring)."""
         return self.stored_keys.shape[3 if self.slots_last else 2]
 
-    def place(self, slot: Int[Array, ""]) -> Int[Array, ""]:
+    def place(self, slot: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where a slot lies in the arrays."""
         return slot if self.window is None else slot % self.capacity
 
@@ -81,10 +82,13 @@ class LayerCache:
         self,
         k: Float[Array, "B T K H"],
         v: Float[Array, "B T K H"],
-        slot: Int[Array, ""],
+        slot: Int[Array, ""] | Int[Array, " B"],
         is_new: Bool[Array, "B T"] | None = None,
     ) -> LayerCache:
-        """The cache with T tokens written from `slot` on; T = 1 in a ring. Slots that are not new stay as they are."""
+        """The cache with T tokens written from `slot`, or each row's slot, on; T = 1 in a ring. Slots that are not new stay
+        as they are."""
+        if slot.ndim == 1:
+            return self._append_by_row(k, v, slot)
         zero, slot = jnp.zeros((), jnp.int32), self.place(slot)
         axes, begin = ((0, 2, 1, 3), (zero, zero, slot, zero))
         if self.slots_last:
@@ -101,6 +105,23 @@ class LayerCache:
         return dataclasses.replace(
             self, stored_keys=written(self.stored_keys, k), stored_values=written(self.stored_values, v)
         )
+
+    def _append_by_row(self, k: Array, v: Array, slots: Array) -> LayerCache:
+        """`append` from each row's own slot on; not in a ring."""
+        assert self.window is None
+        axis = 2 if self.slots_last else 1
+
+        def written(stored: Array, new: Array) -> Array:
+            new = new.transpose((0, 2, 3, 1) if self.slots_last else (0, 2, 1, 3))
+            if slots.shape[0] == 1:  # no scatter
+                return lax.dynamic_update_slice_in_dim(stored, new, slots[0], axis + 1)
+            write = functools.partial(lax.dynamic_update_slice_in_dim, axis=axis)
+            return jax.vmap(write)(stored, new, slots)
+
+        keys, values = written(self.stored_keys, k), written(self.stored_values, v)
+        if self.slots_last:
+            keys, values = (with_layout_constraint(one, _AS_STORED) for one in (keys, values))
+        return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
     def shifted(self, by: Int[Array, " B"]) -> LayerCache:
         """The cache with every row's tokens `by` slots further on (or back); what leaves at one end comes in at the
@@ -183,7 +204,7 @@ def empty(
     return KVCache(layers, starts, jnp.zeros((), jnp.int32))
 
 
-def visible(starts: Int[Array, " B"], length: Int[Array, ""], capacity: int) -> Bool[Array, "B S"]:
-    """Which slots hold a token: those from `starts[b]` to `length - 1`."""
+def visible(starts: Int[Array, " B"], length: Int[Array, ""] | Int[Array, " B"], capacity: int) -> Bool[Array, "B S"]:
+    """Which slots hold a token: those from `starts[b]` to `length - 1`, or to `length[b] - 1`."""
     slots = jnp.arange(capacity, dtype=jnp.int32)
-    return (slots >= starts[:, None]) & (slots < length)
+    return (slots >= starts[:, None]) & (slots < jnp.reshape(length, (-1, 1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +14,17 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Int, Key
 
-from recyc_jax import generation_loop, implementations
+from recyc_jax import generation_loop, implementations, lossless
 from recyc_jax.cache import KVCache
 from recyc_jax.config import LlamaConfig
 from recyc_jax.generation_loop import DecodeState, Piece
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
+from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.registry import as_policy
 from recyc_jax.prefilling import NOWHERE, Answer, Prefilled, columns, prefill, with_tokens, without_tokens
-from recyc_jax.sampling import Greedy, OfFunction, Sample, as_chain, independent
+from recyc_jax.sampling import Chain, Greedy, OfFunction, Sample, as_chain, independent
 from recyc_jax.validation import whole_number
 
 
@@ -36,6 +37,17 @@ class Generation(NamedTuple):
     # the layers with full attention, not those with a sliding window
 
 
+class LosslessGeneration(NamedTuple):
+    """What `generate` returns under a `Lossless` policy: a `Generation`, whose `full_steps` are passes of full attention
+    over blocks, and how many of the drafts were kept."""
+
+    tokens: Array
+    lengths: Array
+    full_steps: Array
+    drafted: Array  # int32 [B]
+    accepted: Array  # int32 [B]
+
+
 class ScoredGeneration(NamedTuple):
     """What `generate` returns with `top_log_probabilities`: a `Generation`, and the log-probabilities under the model
     itself."""
@@ -46,6 +58,9 @@ class ScoredGeneration(NamedTuple):
     log_probabilities: Array  # float32 [B, max_new_tokens]: of each token
     top_tokens: Array  # int32 [B, max_new_tokens, n]: the n most likely ones in each place
     top_log_probabilities: Array  # float32 [B, max_new_tokens, n]
+
+
+AnyGeneration: TypeAlias = Generation | LosslessGeneration | ScoredGeneration
 
 
 def generate(
@@ -64,7 +79,7 @@ def generate(
     allow_beyond_context: bool = False,
     top_log_probabilities: int | None = None,
     stop: Sequence[Sequence[int]] = (),
-) -> Generation | ScoredGeneration:
+) -> AnyGeneration:
     """New tokens after each prompt under a policy, or under the policy that a string names (`parse_policy`).
 
     `prompts` is a list of ragged token-id lists (padded to a bucket of lengths: two calls of one bucket compile
@@ -83,7 +98,7 @@ def generate(
     tokens exceed the model's context, unless `allow_beyond_context`.
     """
     policy = as_policy(policy)
-    check_sampling(config, sampling, eos_ids, pad_id, key)
+    check_sampling(config, policy, sampling, eos_ids, pad_id, key)
     state = prefill(
         params,
         config,
@@ -125,7 +140,7 @@ def decode(
     rewind: bool = True,
     top_log_probabilities: int | None = None,
     stop: Sequence[Sequence[int]] = (),
-) -> tuple[Generation | ScoredGeneration, Prefilled]:
+) -> tuple[AnyGeneration, Prefilled]:
     """New tokens after prefilled prompts, and the state rewound to the prompts, from which to decode again.
 
     `state` is donated: use the returned one from here on. `max_new_tokens` defaults to what prefill left room for.
@@ -167,12 +182,16 @@ def advance(
     top_log_probabilities: int | None = None,
     stop: Sequence[Sequence[int]] = (),
     piece: Piece | None = None,
-) -> tuple[Generation | ScoredGeneration, Prefilled]:
-    """The function behind `decode`. With a `piece`, `max_new_tokens` are its steps, or fewer of them."""
+    last: Array | None = None,
+) -> tuple[AnyGeneration, Prefilled]:
+    """The function behind `decode`. With a `piece`, `max_new_tokens` are its steps, or fewer of them. Under a `Lossless`
+    policy a piece makes up to `max_new_tokens` in each row, none after the row's answer has `last` [B] tokens."""
     policy = as_policy(policy)
     check_state(state, policy, implementation)
+    if isinstance(policy, Lossless):
+        lossless.check(config, as_chain(sampling))
     new_tokens = state.room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
-    if new_tokens > state.room:
+    if last is None and new_tokens > state.room:
         raise ValueError(f"max_new_tokens={new_tokens} must lie in 1..{state.room}: prefill made room for {state.room}")
     if key is None and state.answer is not None:
         key = state.answer.keys
@@ -180,7 +199,7 @@ def advance(
     width, room, origin = columns(new_tokens), state.room, state.origin
     at_prompt = room if state.answer is None else state.answer.room
     bound = None if rewind and state.answer is None else state.cache.capacity
-    limit = jnp.asarray(new_tokens, jnp.int32)
+    limit = jnp.asarray(new_tokens, jnp.int32) if last is None else last
     if new_tokens == 1 and state.answer is None:
         width, limit, piece = 1, None, None  # no step: a small program, after which a stream needs one more
     top = None if top_log_probabilities is None else whole_number("top_log_probabilities", top_log_probabilities, 0)
@@ -205,12 +224,12 @@ def advance(
     )
     out, state = decode_tokens(params, state.without_room(), *arguments)
     if width != new_tokens:
-        names = [name for name in out._fields if name not in ("lengths", "full_steps")]
+        names = [name for name in out._fields if getattr(out, name).shape[1:2] == (width,) and name != "full_steps"]
         out = out._replace(**{name: getattr(out, name)[:, :new_tokens] for name in names})
     if state.answer is None:
         return out, dataclasses.replace(state, room=at_prompt, origin=origin)
     answer = dataclasses.replace(state.answer, room=at_prompt)
-    return out, dataclasses.replace(state, room=room - new_tokens, answer=answer, origin=origin)
+    return out, dataclasses.replace(state, room=max(0, room - new_tokens), answer=answer, origin=origin)
 
 
 def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, policy: Policy | str) -> jax.stages.Lowered:
@@ -241,13 +260,13 @@ def decode_tokens(
     eos_ids: tuple[int, ...],
     pad_id: int,
     implementation: str | None,
-    limit: Int[Array, ""] | None = None,
+    limit: Int[Array, ""] | Int[Array, " B"] | None = None,
     bound: int | None = None,
     rewind: bool = True,
     top: int | None = None,
     stops: tuple[tuple[int, ...], ...] = (),
     piece: Piece | None = None,
-) -> tuple[Generation | ScoredGeneration, Prefilled]:
+) -> tuple[AnyGeneration, Prefilled]:
     """The program behind `decode`: `new_tokens` tokens a row, or `limit` of these; from prefill's logits on, they take
     one decode step fewer."""
 
@@ -265,6 +284,10 @@ def decode_tokens(
         return token, _recorded(logits, token, top), done, (chained.update(of_chain, token), recent)
 
     output = _columns(rows, new_tokens, pad_id, top)
+    if isinstance(policy, Lossless):
+        count = jnp.asarray(new_tokens, jnp.int32) if limit is None else limit
+        ends, drawn = lossless.Ends(eos_ids, stops), (chained, keys)
+        return _lossless(params, config, state, policy, implementation, *drawn, ends, output, count, rewind, top, piece)
     attention, before = implementations.resolve(implementation), state.answer
     loop = config, policy, attention, choose
     if before is None:
@@ -298,6 +321,73 @@ def decode_tokens(
     if top is not None:
         out = ScoredGeneration(*out, *of_tokens)
     return out, rewound_to(end.cache, state) if rewind else _standing(end, policy, state, tokens)
+
+
+def _lossless(
+    params: Params,
+    config: LlamaConfig,
+    state: Prefilled,
+    policy: Lossless,
+    implementation: str | None,
+    chained: Chain,
+    keys: Any,
+    ends: lossless.Ends,
+    output: Any,
+    count: Array,
+    rewind: bool,
+    top: int | None,
+    piece: Piece | None,
+) -> tuple[AnyGeneration, Prefilled]:
+    """`decode_tokens` by drafts. With a `piece`, `count` [B] is that of the tokens that each row's answer has at most, not
+    of this call's."""
+    attention, before, rows = implementations.resolve(implementation), state.answer, state.logits.shape[0]
+    recent = jnp.full((rows, max(map(len, ends.stops), default=0)), -1, jnp.int32)
+    of_chain = chained.start(state.seen, ends.eos_ids) if before is None else ()
+    carry = lossless.begin(attention, policy, state, output, of_chain, recent)
+    limit = jnp.broadcast_to(count, (rows,)) if piece is not None or before is None else before.lengths + count
+    loop = lossless.Loop(
+        params,
+        config,
+        attention,
+        policy,
+        state,
+        chained,
+        keys,
+        ends,
+        functools.partial(_recorded, top=top),
+        limit,
+    )
+    carry = loop.first(carry, state.logits) if before is None else carry
+    columns = jax.tree.leaves(output)[0].shape[1]
+    if columns > 1:
+        carry = loop.run(carry, None if piece is None else piece.rounds)
+    layers = len(config.full_layers)
+    full_steps = jnp.broadcast_to(carry.passes[:, None], (rows, layers))
+    tokens, *of_tokens = carry.output
+    out: AnyGeneration = LosslessGeneration(tokens, carry.made, full_steps, carry.drafted, carry.accepted)
+    if top is not None:
+        out = ScoredGeneration(tokens, carry.made, full_steps, *of_tokens)
+    cache = lossless.cache_of(carry, state)
+    if rewind:
+        return out, rewound_to(cache, state)
+    all_steps = full_steps if before is None else before.full_steps + full_steps
+    prompt_length = state.cache.length if before is None else before.prompt_length
+    answer = Answer(
+        policy,
+        (*carry.policy_states, carry.pace),
+        carry.token,
+        carry.lengths - 1,
+        carry.done,
+        keys,
+        carry.lengths,
+        all_steps,
+        (carry.of_chain, carry.recent),
+        prompt_length,
+        (),
+        0,
+    )
+    begun = jnp.zeros((rows, 1), jnp.int32) if before is None else before.lengths[:, None]
+    return out, _answered(state, cache, answer, tokens, begun)
 
 
 def _columns(rows: int, new_tokens: int, pad_id: int, top: int | None) -> tuple[Array, ...]:
@@ -341,10 +431,15 @@ def _standing(end: DecodeState, policy: Policy, start: Prefilled, tokens: Array)
         rings,
         0,
     )
-    number = end.begun + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # of each token in its answer
-    places = prompt_length - start.cache.starts[:, None] + number
-    places = with_tokens(start.first_places, tokens, jnp.where(number < end.lengths[:, None], places, NOWHERE))
-    return dataclasses.replace(start, cache=end.cache, first_places=places, answer=answer)
+    return _answered(start, end.cache, answer, tokens, end.begun)
+
+
+def _answered(start: Prefilled, cache: KVCache, answer: Answer, tokens: Array, begun: Array) -> Prefilled:
+    """The state in the middle of an answer, which had `begun` tokens ([] or [B, 1]) before `tokens` [B, M]."""
+    number = begun + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # of each token in its answer
+    places = answer.prompt_length - start.cache.starts[:, None] + number
+    places = with_tokens(start.first_places, tokens, jnp.where(number < answer.lengths[:, None], places, NOWHERE))
+    return dataclasses.replace(start, cache=cache, first_places=places, answer=answer)
 
 
 def rewound(state: Prefilled) -> Prefilled:
@@ -395,13 +490,16 @@ def check_state(state: Prefilled, policy: Policy, implementation: str | None) ->
         "scores": not needs.windows <= stats.scores.keys(),
         "last query": needs.query and stats.q is None,
         "accumulated attention": needs.mass and stats.mass is None,
+        "spare slots": needs.spare > state.needs.spare,
     }
     for what in (name for name, lacks in missing.items() if lacks):
         raise ValueError(f"{policy} needs the prompt's {what}: name it in prefill(policies=...)")
 
 
-def check_sampling(config: LlamaConfig, sampling: Any, eos_ids: Any, pad_id: Any, key: Any) -> None:
+def check_sampling(config: LlamaConfig, policy: Policy, sampling: Any, eos_ids: Any, pad_id: Any, key: Any) -> None:
     """Raise ValueError as `generate` does for these arguments, before prompts are read."""
+    if isinstance(policy, Lossless):
+        lossless.check(config, as_chain(sampling))
     _sampling_arguments(config, sampling, eos_ids, pad_id, key, None)
 
 

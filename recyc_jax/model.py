@@ -99,11 +99,11 @@ class Attention(nn.Module):
         q, k, v = (one.reshape(*x.shape[:2], -1, self.config.head_dim) for one in flat)
         if self.config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        out, state = attend(self.layer, _positioned(q, k, v, positions), state)
+        out, state = attend(self.layer, positioned(q, k, v, positions), state)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), state
 
 
-def _positioned(q: Array, k: Array, v: Array, positions: Positions) -> Heads:
+def positioned(q: Array, k: Array, v: Array, positions: Positions) -> Heads:
     """The heads with queries and keys rotated, and queries multiplied."""
     rotation, multiplier = positions
     rotated_q, rotated_k = (q, k) if rotation is None else (rope.rotate(q, rotation), rope.rotate(k, rotation))

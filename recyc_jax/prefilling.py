@@ -52,7 +52,7 @@ class Answer:
     policy: Policy = flax.struct.field(pytree_node=False)
     policy_states: tuple[Any, ...]  # of each layer with full attention
     token: Leaf  # int32 [B]: chosen, not yet fed
-    step: Leaf  # int32 []: decode steps taken, one fewer than the tokens chosen
+    step: Leaf  # int32 [], or by row [B] (`lossless.py`): decode steps taken, one fewer than the tokens chosen
     done: Leaf  # bool [B]: rows that have ended
     keys: Any  # PRNG keys [B], or None
     lengths: Leaf  # int32 [B]: new tokens of each row, its end-of-sequence token included
@@ -150,7 +150,14 @@ def prefill(
     rows = tokens.shape[0]
     tokens, lengths = sharding.spread(tokens, "B-", rows), sharding.spread(lengths, "B", rows)
     state = read_prompts(
-        params, tokens, lengths, config, columns(max_new_tokens) + 1, needs, implementation, lengths + max_new_tokens
+        params,
+        tokens,
+        lengths,
+        config,
+        columns(max_new_tokens) + 1 + needs.spare,
+        needs,
+        implementation,
+        lengths + max_new_tokens,
     )
     return dataclasses.replace(state, room=max_new_tokens, origin=Origin.of(params, config))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Key
+
+Steps: TypeAlias = Int[Array, ""] | Int[Array, "B 1"]
+"""The number of a token, or of each row's token."""
 
 
 @flax.struct.dataclass
@@ -99,8 +102,8 @@ class Processor:
         have."""
         return ()
 
-    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Int[Array, ""]) -> Float[Array, "B V"]:
-        """The changed logits; `step` counts the new tokens before this one."""
+    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Steps) -> Float[Array, "B V"]:
+        """The changed logits; `step` counts the new tokens before this one (in each row, where drafts are verified)."""
         return logits
 
     def update(self, state: Any, token: Int[Array, " B"]) -> Any:
@@ -122,7 +125,7 @@ class RepetitionPenalty(Processor):
     def start(self, seen: Bool[Array, "B V"], eos_ids: tuple[int, ...]) -> Any:
         return seen
 
-    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Int[Array, ""]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Steps) -> Float[Array, "B V"]:
         penalty = by_row(self.penalty, logits.shape[0])
         return jnp.where(state, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -146,7 +149,7 @@ class CountPenalty(Processor):
     def start(self, seen: Bool[Array, "B V"], eos_ids: tuple[int, ...]) -> Any:
         return jnp.zeros(seen.shape, jnp.int32)
 
-    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Int[Array, ""]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Steps) -> Float[Array, "B V"]:
         rows, counts = logits.shape[0], state.astype(jnp.float32)
         return logits - jnp.where(state > 0, by_row(self.presence, rows), 0) - counts * by_row(self.frequency, rows)
 
@@ -168,7 +171,7 @@ class MinNewTokens(Processor):
         ends[[token for token in eos_ids if token < seen.shape[1]]] = True
         return jnp.broadcast_to(jnp.asarray(ends), seen.shape)
 
-    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Int[Array, ""]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Steps) -> Float[Array, "B V"]:
         return jnp.where(state & (step < by_row(self.count, logits.shape[0])), -jnp.inf, logits)
 
 
@@ -188,7 +191,7 @@ class LogitBias(Processor):
             check(f"the bias of token {token}", value, infinite=True)
         return cls(jnp.asarray(list(biases), jnp.int32), jnp.asarray(list(biases.values()), jnp.float32))
 
-    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Int[Array, ""]) -> Float[Array, "B V"]:
+    def __call__(self, logits: Float[Array, "B V"], state: Any, step: Steps) -> Float[Array, "B V"]:
         return logits.at[:, self.ids].add(self.values, mode="drop")
 
 
@@ -205,9 +208,13 @@ class Chain:
 
     def choose(self, logits: Float[Array, "B V"], row_keys: Any, step: Int[Array, ""], state: Any) -> Int[Array, " B"]:
         """The next token of each row."""
+        return self.sampler(self.processed(logits, step, state), row_keys, step)
+
+    def processed(self, logits: Float[Array, "B V"], step: Steps, state: Any) -> Float[Array, "B V"]:
+        """What the processors make of the logits."""
         for one, its_state in zip(self.processors, state, strict=True):
             logits = one(logits, its_state, step)
-        return self.sampler(logits, row_keys, step)
+        return logits
 
     def update(self, state: Any, token: Int[Array, " B"]) -> Any:
         """The processors' states after a token was chosen."""

@@ -15,6 +15,7 @@ from recyc_jax.generation import advance, check_sampling
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
+from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.registry import as_policy
 from recyc_jax.prefilling import Prefilled, prefill
 from recyc_jax.sampling import Greedy
@@ -50,7 +51,7 @@ class Stream:
         tokens, lengths = np.asarray(out.tokens), np.asarray(out.lengths)
         self.full_steps = self.full_steps + np.asarray(out.full_steps)
         self.lengths = self.lengths + lengths
-        self._done = self._done | (lengths < tokens.shape[1]) | np.asarray(out.done) | is_last
+        self._done = self._done | np.asarray(out.done) | is_last
         text = None
         if self._spelling is not None:
             rows = zip(self._spelling, tokens, lengths, self._done, strict=True)
@@ -86,7 +87,7 @@ def stream(
     """`generate`, but the tokens come in pieces of at most 16, and with a `tokenizer` their text too. It ends early when
     all rows have ended. Arguments and errors are `generate`'s, raised before the first piece."""
     policy = as_policy(policy)
-    check_sampling(config, sampling, eos_ids, pad_id, key)
+    check_sampling(config, policy, sampling, eos_ids, pad_id, key)
     state = prefill(
         params,
         config,
@@ -126,6 +127,9 @@ def _pieces(
     params: Params, config: LlamaConfig, state: Prefilled, policy: Policy, count: int, options: dict[str, Any]
 ) -> Iterator[tuple[_Out, Prefilled, bool]]:
     """(piece, the state after what has been begun so far, whether it is the last one). One piece is begun ahead."""
+    if isinstance(policy, Lossless):
+        yield from _blocks(params, config, state, policy, count, options)
+        return
     made, waiting, piece = 0, None, generation_loop.Piece.of(policy)
     step = None if state.answer is None else int(state.answer.step)
     options = options | {"policy": policy, "rewind": False, "piece": piece}
@@ -143,3 +147,27 @@ def _pieces(
         waiting = out
     if waiting is not None:
         yield waiting, state, True
+
+
+def _blocks(
+    params: Params, config: LlamaConfig, state: Prefilled, policy: Lossless, count: int, options: dict[str, Any]
+) -> Iterator[tuple[_Out, Prefilled, bool]]:
+    """`_pieces` of drafts that were verified: rows get different numbers of tokens from each. Of the state's room a piece
+    takes as many tokens as it could have made."""
+    rounds = max(1, generation_loop.MOST_PER_SCAN // (policy.draft_length + 1))
+    piece = generation_loop.Piece(policy.draft_length, rounds)
+    options = options | {"policy": policy, "rewind": False}
+    waiting, is_done, last = None, False, None if state.answer is None else state.answer.lengths + count
+    while not is_done:
+        if last is None:  # the first token alone, which is there soon
+            out, state = advance(params, config, state, max_new_tokens=1, **options)
+            last = jnp.full(state.logits.shape[0], count, jnp.int32)
+        else:
+            most = rounds * (policy.draft_length + 1)
+            out, state = advance(params, config, state, max_new_tokens=most, piece=piece, last=last, **options)
+        assert state.answer is not None
+        out = _Out(*out[:3], state.answer.done | (state.answer.lengths >= last))
+        if waiting is not None:
+            yield waiting, state, False
+            is_done = bool(np.all(np.asarray(waiting.done)))
+        waiting = out

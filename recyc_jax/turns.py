@@ -86,7 +86,7 @@ def extend(
     chunk, chunks = chunks_of(rows, width)
     after = max(int(np.max(ends + added)), chunk * chunks)
     before = jnp.zeros(rows, jnp.int32) if state.answer is None else state.answer.token
-    state = _grown(dataclasses.replace(state, answer=None), after + columns(max_new_tokens))
+    state = _grown(dataclasses.replace(state, answer=None), after + columns(max_new_tokens) + state.needs.spare)
     moves = bool(np.any(after - added - ends))
     layers, rest = state.cache.layers, dataclasses.replace(state.cache, layers=())
     rest = dataclasses.replace(state.without_room(), cache=rest)  # donated are the layers' caches alone
@@ -105,7 +105,7 @@ def token_counts(state: Prefilled) -> tuple[np.ndarray, np.ndarray]:
     starts, answer = np.asarray(state.cache.starts), state.answer
     if answer is None:
         return int(state.cache.length) - starts, np.zeros_like(starts)
-    lengths, step = np.asarray(answer.lengths), int(answer.step)
+    lengths, step = np.asarray(answer.lengths), np.asarray(answer.step)
     return int(answer.prompt_length) - starts + np.minimum(lengths, step), (lengths > step).astype(np.int32)
 
 
@@ -131,7 +131,7 @@ def with_room(state: Prefilled, max_new_tokens: int) -> Prefilled:
     if state.answer is not None:
         raise ValueError("there is no more room to make in the middle of an answer: ask prefill or extend for it")
     lengths = state.row_lengths + (max_new_tokens - state.room)
-    state = _grown(state, int(state.cache.length) + columns(max_new_tokens))
+    state = _grown(state, int(state.cache.length) + columns(max_new_tokens) + state.needs.spare)
     return dataclasses.replace(state, row_lengths=lengths, room=max_new_tokens)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax import cache
 from recyc_jax.attention import reference, selection
 from recyc_jax.attention.kept import KeptSlots
 from recyc_jax.attention.remainder import Moments
@@ -110,11 +112,28 @@ class Implementation:
         key, value = (reference.mean_under(weights, side) for side in (cached.keys, cached.values))
         return out, log_probabilities, Moments(lse[..., 0], value, key)
 
+    # --- a block of drafted tokens (`lossless.py`)
+
+    def block(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
+        """Causal attention of C queries, row b's first in slot `begins[b]`, over the cache that holds their keys; and the
+        score of each slot that the first query sees: its log-probability, the maximum over the group's heads."""
+
+        def row(q: Array, keys: Array, values: Array, start: Array, begin: Array) -> Array:
+            one = q[None], keys[None], values[None], start[None], begin
+            return reference.chunk(*one)[0]
+
+        visible = cache.visible(starts, begins + 1, cached.capacity)
+        _, log_probabilities = reference.full_with_log_probabilities(q[:, 0], cached.keys, cached.values, visible)
+        out = jax.vmap(row)(q, cached.keys, cached.values, starts, begins)
+        return out, selection.group_maximum(log_probabilities)
+
     # --- a decode step, full or partial
 
-    def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any) -> Callable[..., Any] | None:
-        """What replaces the model's stack of decoder layers (`model.DecoderLayers`) in a decode step of `rows` rows;
-        None keeps the model's own."""
+    def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> Callable[..., Any] | None:
+        """What replaces the model's stack of decoder layers (`model.DecoderLayers`) in a decode step of `rows` rows of
+        `width` tokens; None keeps the model's own."""
         return None
 
     # --- kept sets (`kept.py`)

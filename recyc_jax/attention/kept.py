@@ -24,7 +24,7 @@ class Reads(NamedTuple):
     full cache, in the slots from `first` to `length - 1`. With `replacing`, `remaining` says which of them it reads."""
 
     first: Array  # int32 [B]
-    length: Array  # int32 []: slots written
+    length: Array  # int32 [], or by row [B]: slots written
     most: int  # an upper bound on the newest tokens that a row reads
     replacing: bool = False  # each new token takes the place of one entry: a step reads as many as the set has
 
@@ -81,8 +81,9 @@ class KeptSlots:
     def _read_slots(self, reads: Reads) -> Int[Array, "B K R"]:
         """The slots that `reads` names, -1 in places of none: those of the set's entries, then the newest W."""
         remaining, first = reads.remaining(self.size)
-        remains = (jnp.arange(self.size, dtype=jnp.int32) < remaining[:, None, None]) & (self.slots < reads.length)
-        newest_slots = reads.length - reads.most + jnp.arange(reads.most, dtype=jnp.int32)
+        length = jnp.reshape(reads.length, (-1, 1))
+        remains = (jnp.arange(self.size, dtype=jnp.int32) < remaining[:, None, None]) & (self.slots < length[..., None])
+        newest_slots = length - reads.most + jnp.arange(reads.most, dtype=jnp.int32)
         is_new = (newest_slots >= first[:, None]) & (newest_slots >= 0)
         new = jnp.broadcast_to(jnp.where(is_new, newest_slots, -1)[:, None], (*self.slots.shape[:2], reads.most))
         return jnp.concatenate([jnp.where(remains, self.slots, -1), new], axis=2)

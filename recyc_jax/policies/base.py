@@ -33,9 +33,11 @@ class PromptNeeds:
     windows: frozenset[int] = frozenset()  # window sizes w: scores under the last w prompt tokens
     query: bool = False  # the last prompt token's query
     mass: bool = False  # the attention that each key received from the whole prompt
+    spare: int = 0  # slots behind the last new token's, for drafts that are rejected
 
     def __or__(self, other: PromptNeeds) -> PromptNeeds:
-        return PromptNeeds(self.windows | other.windows, self.query or other.query, self.mass or other.mass)
+        query, mass, spare = self.query or other.query, self.mass or other.mass, max(self.spare, other.spare)
+        return PromptNeeds(self.windows | other.windows, query, mass, spare)
 
 
 @flax.struct.dataclass
@@ -57,7 +59,7 @@ class Step(NamedTuple):
     q_before_rope: Array  # [B, N, H]
     cached: LayerCache
     starts: Array  # int32 [B]: the slot of each row's first token
-    length: Array  # int32 []: slots written, including the new token's
+    length: Array  # int32 [], or by row [B] (`lossless.py`): slots written, including the new token's
     number: Array  # int32 []: the number of this decode step, counted from 1
     done: Array  # bool [B]: rows that have ended
 
@@ -72,7 +74,7 @@ class Caches(NamedTuple):
 
     layers: tuple[LayerCache, ...]
     visible: Array  # bool [B, S]: which slots hold a token
-    length: Array  # int32 []: slots written so far
+    length: Array  # int32 [], or by row [B]: slots written so far
     steps: int  # upper bound on the decode steps of this call, so on the new tokens after any refresh
 
 

@@ -75,9 +75,9 @@ class Lookahead(Policy):
     def __post_init__(self) -> None:
         object.__setattr__(self, "stride", whole_number("stride", self.stride, 1))
         for name in ("budget", "window", "decay", "pool"):
-            object.__setattr__(self, name, getattr(self._rule, name))
+            object.__setattr__(self, name, getattr(self.rule, name))
         if self.lookahead != "auto":
-            object.__setattr__(self, "lookahead", self._rule.lookahead)
+            object.__setattr__(self, "lookahead", self.rule.lookahead)
         if not isinstance(self.remainder, bool):
             raise ValueError(f"remainder={self.remainder!r} must be True or False")
 
@@ -89,7 +89,7 @@ class Lookahead(Policy):
         return self.lookahead
 
     @property
-    def _rule(self) -> RecycledAttention:
+    def rule(self) -> RecycledAttention:
         """How tokens are chosen and read."""
         schedule = FixedStride(self.stride)
         return RecycledAttention(self.budget, schedule, self.pool, self.ahead, window=self.window, decay=self.decay)
@@ -103,7 +103,7 @@ class Lookahead(Policy):
         return PromptNeeds(windows=frozenset({self.window}), query=self.remainder)
 
     def start(self, attention: Implementation, prompt: Sequence[PromptStats], caches: Caches) -> States:
-        states = self._rule.start(attention, prompt, caches)
+        states = self.rule.start(attention, prompt, caches)
         noted = []
         for layer, cached in zip(prompt, caches.layers, strict=True):
             everything = None
@@ -114,7 +114,7 @@ class Lookahead(Policy):
 
     def reads(self, attention: Implementation, step: Step, state: LookaheadState) -> tuple[Any, Reads]:
         """The kept set, and what a partial step reads of it and of newer tokens."""
-        return self._rule.reads(attention, step, state.recycled)
+        return self.rule.reads(attention, step, state.recycled)
 
     def partial_step(self, attention: Implementation, step: Step, state: LookaheadState) -> Attended:
         """Attend to the kept tokens, to those since the refresh, and to the token that stands for the others."""
@@ -139,7 +139,7 @@ class Lookahead(Policy):
 
     def refresh(self, attention: Implementation, states: States, noted: Sequence[FullStep], caches: Caches) -> States:
         """Choose new kept sets, and make the tokens that stand for the others."""
-        chosen = self._rule.chosen(
+        chosen = self.rule.chosen(
             attention, [layer.scores for layer in noted], [state.recycled for state in states], caches
         )
         return self._with_remainders(chosen, noted, caches)

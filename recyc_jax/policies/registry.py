@@ -11,6 +11,7 @@ from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.h2o import H2O
 from recyc_jax.policies.lookahead import Lookahead
+from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.quest import Quest
 from recyc_jax.policies.recycled import RecycledAttention
 from recyc_jax.policies.schedules import FixedStride, QuerySimilarity
@@ -79,10 +80,23 @@ class Options:
     def schedule(self) -> FixedStride | QuerySimilarity:
         """The schedule that `stride`, or `check_every` and `threshold`, describe."""
         if "check_every" not in self.values and "threshold" not in self.values:
-            return FixedStride(self.integer("stride"))
+            return FixedStride(self.integer("stride", 1 if "draft" in self.values else None))
         if "stride" in self.values:
             raise ValueError(f"policy {self.text!r}: stride goes with neither check_every nor threshold")
         return QuerySimilarity(self.integer("check_every"), self.number("threshold"), rope=self.truth("rope", False))
+
+    def drafting(self, drafter: Any, draft: str | None) -> Policy:
+        """The policy, or with the option `draft` the lossless one that drafts by it."""
+        if draft is None:
+            return drafter
+        return Lossless(drafter, Options(self.text, f"draft={draft}", None).integer("draft"))
+
+    def refuse_beside_draft(self, *names: str) -> str | None:
+        """The option `draft`, which goes without these."""
+        for name in names if "draft" in self.values else ():
+            if name in self.values:
+                raise ValueError(f"policy {self.text!r}: draft goes without {name}: every verified block refreshes")
+        return self.values.get("draft")
 
     def budget(self, default: int | None = None) -> int:
         """The entries that a step reads; with a decimal point, a fraction of the total length (rounded down, at least
@@ -107,20 +121,22 @@ def _full(options: Options) -> Policy:
 
 
 def _lookahead(options: Options) -> Policy:
-    defaults = Lookahead()
-    return Lookahead(
+    defaults, draft = Lookahead(), options.refuse_beside_draft("stride", "remainder")
+    drafter = Lookahead(
         budget=options.budget(defaults.budget),
-        stride=options.integer("stride", defaults.stride),
+        stride=options.integer("stride", defaults.stride if draft is None else 1),
         lookahead=options.lookahead(defaults.lookahead),
         window=options.integer("window", defaults.window),
         decay=options.number("decay", defaults.decay),
         pool=options.integer("pool", defaults.pool),
         remainder=options.truth("remainder", defaults.remainder),
     )
+    return options.drafting(drafter, options.text_of("draft"))
 
 
 def _recycled(options: Options) -> Policy:
-    return RecycledAttention(
+    draft = options.refuse_beside_draft("stride", "check_every", "threshold", "evict", "ablation")
+    drafter = RecycledAttention(
         budget=options.budget(),
         schedule=options.schedule(),
         pool=options.integer("pool", 7),
@@ -130,6 +146,8 @@ def _recycled(options: Options) -> Policy:
         window=options.integer("window", 1),
         decay=options.optional_number("decay"),
     )
+    options.text_of("draft")
+    return options.drafting(drafter, draft)
 
 
 def _streaming_llm(options: Options) -> Policy:

@@ -99,7 +99,7 @@ def kept(
 ) -> Float[Array, "B N H"]:
     """One query per row over what `reads` names of the listed slots (-1 lists nothing) and of the newest ones, and over
     the token of `rest`. Rows that are not in `rows` (None: no row) read nothing."""
-    newest = (reads.first, jnp.reshape(reads.length, 1))
+    newest = (reads.first, jnp.reshape(reads.length, -1))
     return _attend(q, keys, values, slots, newest, reads.most, reads.replacing, rows=rows, rest=rest).out
 
 
@@ -112,7 +112,7 @@ def kept_moments(
     with_key: bool,
 ) -> Moments:
     """`kept` of all rows, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
-    newest = (reads.first, jnp.reshape(reads.length, 1))
+    newest = (reads.first, jnp.reshape(reads.length, -1))
     return _moments(
         _attend(q, keys, values, slots, newest, reads.most, reads.replacing, with_key=with_key, unrounded=True)
     )
@@ -153,7 +153,13 @@ def _attend(
     `length` of `Reads`, it lists the slots of a kept set. Of rows that are not in `rows` the results are undefined.
     """
     asked = () if rows is None else (rows.astype(jnp.int32),)
-    inputs = ("BK-", "BK--", "BK--", *(("BK-", "B", "-") if newest else ("B-",)), *(("B",) if asked else ()))
+    inputs = (
+        "BK-",
+        "BK--",
+        "BK--",
+        *(("BK-", "B", "B" if newest[1].shape[0] > 1 else "-") if newest else ("B-",)),
+        *(("B",) if asked else ()),
+    )
     more = () if rest is None else (rest.key, rest.value, rest.bias)
     inputs = (*inputs, *(("BK--", "BK--", "BK-") if more else ()))
     outputs = _Seen("BK-", "BK-", "BK-" if with_key else None, "BK--" if with_logits else None)
@@ -312,7 +318,8 @@ def _attend_part(
     left, first, end = jnp.int32(count), jnp.int32(0), jnp.int32(0)
     if is_kept_set:
         first_ref, length_ref = newest_refs
-        first, end = plt.load(first_ref.at[row]), plt.load(length_ref.at[jnp.int32(0)])
+        first = plt.load(first_ref.at[row])
+        end = plt.load(length_ref.at[jnp.int32(0) if length_ref.shape[0] == 1 else row])
         if replacing:  # as `Reads.remaining`
             left, first = count - (end - first), jnp.maximum(first, end - count)
     query, lane, lanes = jnp.arange(_power(groups)), jnp.arange(_power(dim)), jnp.arange(block)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from recyc_jax import sharding
@@ -21,18 +22,20 @@ from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import normed, products
 from recyc_jax.kernels.gpu.products import Linear
-from recyc_jax.kernels.gpu.rows import Norm, Stream
-from recyc_jax.model import Heads, Params, norm_factors
+from recyc_jax.kernels.gpu.rows import Norm, Stream, times_normed
+from recyc_jax.model import Heads, Params, norm_factors, positioned
 from recyc_jax.rope import Positions
 
 
-def applies(config: LlamaConfig, rows: int, dtype: Any) -> bool:
-    """Whether the kernels take that many rows of this model. Not over a mesh, over which only XLA can split products;
-    and not in float16, where x times a norm's scale can overflow before it is divided by its root mean square."""
+def applies(config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> bool:
+    """Whether the kernels take that many rows of `width` tokens of this model. Not over a mesh, over which only XLA can
+    split products; and not in float16, where x times a norm's scale can overflow before it is divided by its root mean
+    square."""
     if products.head_columns(config) is None:
         _say_once(f"head_dim={config.head_dim} is no multiple of 16: a decode step runs the model's own layers")
         return False
-    return rows <= products.MOST_ROWS and jnp.dtype(dtype) != jnp.float16 and sharding.unsplit()
+    most = products.MOST_ROWS if width == 1 else products.MOST_BLOCK_ROWS
+    return rows * width <= most and jnp.dtype(dtype) != jnp.float16 and sharding.unsplit()
 
 
 @functools.cache
@@ -43,7 +46,7 @@ def _say_once(line: str) -> None:
 def run(
     params: Params,
     config: LlamaConfig,
-    x: Float[Array, "B 1 D"],
+    x: Float[Array, "B T D"],
     by_layer: Sequence[Positions],
     attend: CachedAttention,
     states: Sequence[Any],
@@ -75,14 +78,19 @@ def run(
         # the new keys and values are written into the cache by the kernel that computes them
         q_factors, k_factors = factors(attention, "q_norm"), factors(attention, "k_norm")
         norms = None if q_factors is None or k_factors is None else [Norm(q_factors, eps), Norm(k_factors, eps)]
-        if products.finishes_heads(config) or rotation is None:
+        if x.shape[1] > 1:  # several tokens a row, which `attend` writes
             raw = products.projected(stream, to_heads, eps)
-            made = normed.finished_heads(raw, norms, by_layer[number], cached, slot)
+            heads = _heads(config, [one.reshape(*x.shape[:2], -1) for one in raw], norms, by_layer[number])
+            out, (cached, state) = attend(number, heads, (cached, state))
         else:
-            made = products.to_heads(stream, to_heads, *rotation, cached, slot, eps, norms)
-        q, q_before_rope, k, v, written = made
-        cached = attend.with_ended_rows(cached, written)
-        out, state = attend.read_written(number, Heads(q, k, v, q_before_rope), cached, state)
+            if products.finishes_heads(config) or rotation is None:
+                raw = products.projected(stream, to_heads, eps)
+                made = normed.finished_heads(raw, norms, by_layer[number], cached, slot)
+            else:
+                made = products.to_heads(stream, to_heads, *rotation, cached, slot, eps, norms)
+            q, q_before_rope, k, v, written = made
+            cached = attend.with_ended_rows(cached, written)
+            out, state = attend.read_written(number, Heads(q, k, v, q_before_rope), cached, state)
         states_after.append((cached, state))
         out, mlp_norm = out.reshape(*x.shape[:2], -1), factors(layer, "mlp_norm")
         stream = added(out, _linear(attention, "o_proj"), stream, layer, "attention_out_norm", mlp_norm)
@@ -93,6 +101,23 @@ def run(
         following = None if is_last else factors(layers[number + 1], "attention_norm")
         stream = added(hidden, _linear(mlp, "down_proj"), stream, layer, "mlp_out_norm", following)
     return stream.x, tuple(states_after)
+
+
+def _heads(config: LlamaConfig, flat: Sequence[Array], norms: Sequence[Norm] | None, positions: Positions) -> Heads:
+    """Heads [B, T, _, H] from the projections `flat` [B, T, _], as `model.Attention` makes them."""
+
+    def normed_by(norm: Norm, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + norm.eps)
+        return times_normed(wide, norm.factors, x.dtype)
+
+    q, k, v = flat
+    if norms is not None and config.qk_norm == "projection":
+        q, k = (normed_by(norm, one) for norm, one in zip(norms, (q, k), strict=True))
+    q, k, v = (one.reshape(*one.shape[:2], -1, config.head_dim) for one in (q, k, v))
+    if norms is not None and config.qk_norm == "head":
+        q, k = (normed_by(norm, one) for norm, one in zip(norms, (q, k), strict=True))
+    return positioned(q, k, v, positions)
 
 
 def _linear(parameters: Any, name: str) -> Linear:

@@ -107,8 +107,15 @@ class GPU(Implementation):
     ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"], Moments]:
         return decode_attention.full_with_moments(q, cached.keys, cached.values, visible)
 
-    def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any) -> Callable[..., Any] | None:
-        return decoder_layers.run if decoder_layers.applies(config, rows, dtype) else None
+    def block(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
+        if not _fits_prefill(q):
+            return super().block(q, cached, starts, begins)
+        return turn_attention.block(q, cached.keys, cached.values, starts, begins)
+
+    def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> Callable[..., Any] | None:
+        return decoder_layers.run if decoder_layers.applies(config, rows, dtype, width) else None
 
     def keep(
         self, layers: Sequence[LayerCache], scores: Sequence[Float[Array, "B K S"]], budget: int, ordered: int

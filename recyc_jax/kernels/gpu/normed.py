@@ -17,17 +17,18 @@ from jaxtyping import Array, Float, Int
 
 from recyc_jax.cache import LayerCache
 from recyc_jax.kernels.gpu import triton_call
-from recyc_jax.kernels.gpu.products import Linear, added
+from recyc_jax.kernels.gpu.products import Linear, added, written
 from recyc_jax.kernels.gpu.rows import (
-    ROWS,
     Norm,
     Stream,
     in_range,
+    load_slots,
     load_squares,
     spare,
     store,
     store_in_cache,
     store_scaled,
+    tile_rows,
     times_normed,
 )
 from recyc_jax.rope import Positions
@@ -41,7 +42,7 @@ def finished_heads(
     norms: Sequence[Norm] | None,
     positions: Positions,
     cached: LayerCache,
-    slot: Int[Array, ""],
+    slot: Int[Array, ""] | Int[Array, " B"],
 ) -> tuple[Array, Array, Array, Array, LayerCache]:
     """As `to_heads`, from the projections `raw` of q, k and v. `norms` are those of q and k, over each head or over the
     whole projection by their size; None without."""
@@ -49,7 +50,7 @@ def finished_heads(
     rows, dim, dtype = raw[0].shape[0], keys.shape[3], raw[0].dtype
     heads = [one.shape[1] // dim for one in raw]
     columns = dim & -dim  # the largest power of two that divides it
-    arrays, rotation = [jnp.reshape(slot, 1), *raw], positions.rotation
+    arrays, rotation = [jnp.reshape(slot, -1), *raw], positions.rotation
     if rotation is not None:
         arrays += [one.reshape(rows, -1) for one in rotation]
     if positions.query_multiplier is not None:
@@ -72,7 +73,7 @@ def finished_heads(
         columns=columns,
         dim=dim,
     )
-    k, v = (lax.dynamic_slice_in_dim(one, slot, 1, 2).swapaxes(1, 2) for one in (keys, values))
+    k, v = written(keys, slot), written(values, slot)
     return q[:rows, None], q_before_rope[:rows, None], k, v, cached.replaced(keys, values)
 
 
@@ -93,7 +94,8 @@ def _finished(
     factor_refs, refs = (refs[:2], refs[2:]) if eps is not None else ((), refs)
     q_ref, q_before_rope_ref, keys_ref, values_ref = refs[2:]
     rows, blocks = raw_refs[0].shape[0], dim // columns
-    slot, row_in_range = plt.load(slot_ref.at[jnp.int32(0)]), jnp.minimum(jnp.arange(ROWS), rows - 1)[:, None]
+    row_in_range = jnp.minimum(jnp.arange(tile_rows(rows)), rows - 1)[:, None]
+    slot = load_slots(slot_ref, row_in_range)
 
     def of_head(number: int, head: Array, lane: Array) -> Array:
         """Dimensions of a head after its norm, in the model's dtype."""
@@ -113,7 +115,7 @@ def _finished(
             wide = load(begin + block * columns + jnp.arange(columns)).astype(jnp.float32)
             return total + jnp.sum(wide * wide, axis=1)
 
-        squares = lax.fori_loop(0, width // columns, add, jnp.zeros(ROWS, jnp.float32))
+        squares = lax.fori_loop(0, width // columns, add, jnp.zeros(x.shape[0], jnp.float32))
         normed = x.astype(jnp.float32) * lax.rsqrt(squares / width + eps)[:, None]
         factors = plt.load(factor_ref.at[(head * dim if width > dim else 0) + lane])[None, :]
         return times_normed(normed, factors, x.dtype)
@@ -144,7 +146,7 @@ def _finished(
                 store(q_before_rope_ref, (head, lane[None, :]), plain)
             else:
                 cache_ref = keys_ref if number == 1 else values_ref
-                store_in_cache(cache_ref, rows, (head, slot, lane[None, :]), out)
+                store_in_cache(cache_ref, rows, head, slot, lane[None, :], out)
 
         pl.when((program >= 0) & (program < heads * blocks))(compute)
         first_program += heads * blocks
@@ -195,7 +197,8 @@ def _added_normed(
     scale_ref, refs = (refs[0], refs[1:]) if scaled else (None, refs)
     column, width = pl.program_id(0) * columns + jnp.arange(columns), residual_ref.shape[1]
     column_in_range, is_column = in_range(column, width)
-    row_in_range = jnp.minimum(jnp.arange(ROWS), residual_ref.shape[0] - 1)[:, None]
+    rows = residual_ref.shape[0]
+    row_in_range = jnp.minimum(jnp.arange(tile_rows(rows)), rows - 1)[:, None]
     raw, residual = (plt.load(ref.at[row_in_range, column_in_range[None, :]]) for ref in (raw_ref, residual_ref))
     factors = plt.load(factors_ref.at[column_in_range])[None, :]
     squares = jnp.sum(load_squares(raw_squares_ref, row_in_range), axis=1)

@@ -21,21 +21,26 @@ from recyc_jax.cache import LayerCache
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import triton_call
 from recyc_jax.kernels.gpu.rows import (
-    ROWS,
     Norm,
     Stream,
     in_range,
+    load_slots,
     load_squares,
     spare,
     store,
     store_in_cache,
     store_scaled,
+    tile_rows,
     times,
     times_normed,
 )
 
 MOST_ROWS = 16
-"""Rows up to which the kernels apply."""
+"""Rows up to which the kernels apply in a decode step."""
+MOST_BLOCK_ROWS = 64
+"""Rows up to which they apply where rows have several tokens: larger tiles would not fit in registers."""
+X_BYTES = 2**14
+"""The most bytes of x that a program multiplies at a time."""
 
 
 class Linear(NamedTuple):
@@ -116,7 +121,7 @@ def to_heads(
     cos: Float[Array, "B T H2"],
     sin: Float[Array, "B T H2"],
     cached: LayerCache,
-    slot: Int[Array, ""],
+    slot: Int[Array, ""] | Int[Array, " B"],
     eps: float,
     norms: Sequence[Norm] | None = None,
 ) -> tuple[Array, Array, Array, Array, LayerCache]:
@@ -130,7 +135,7 @@ def to_heads(
     if norms and x.dtype.itemsize > 2:
         tile = tile._replace(depth=tile.depth // 2)  # as many bytes in flight
     columns = half if norms else math.gcd(_columns(HEADS, sum(heads) * half), half)
-    arrays = [jnp.reshape(slot, 1), cos.reshape(rows, half), sin.reshape(rows, half)]
+    arrays = [jnp.reshape(slot, -1), cos.reshape(rows, half), sin.reshape(rows, half)]
     arrays += [norm.factors for norm in norms or ()]
     q_shape = jax.ShapeDtypeStruct((rows + spare(), heads[0], dim), x.dtype)
     q, q_before_rope, keys, values = _call(
@@ -147,8 +152,15 @@ def to_heads(
         eps=eps,
         normed_heads=norms is not None,
     )
-    k, v = (lax.dynamic_slice_in_dim(one, slot, 1, 2).swapaxes(1, 2) for one in (keys, values))
+    k, v = written(keys, slot), written(values, slot)
     return q[:rows, None], q_before_rope[:rows, None], k, v, cached.replaced(keys, values)
+
+
+def written(stored: Float[Array, "B K S H"], slot: Int[Array, ""] | Int[Array, " B"]) -> Float[Array, "B 1 K H"]:
+    """What a slot, or each row's slot, holds."""
+    if slot.ndim == 0:
+        return lax.dynamic_slice_in_dim(stored, slot, 1, 2).swapaxes(1, 2)
+    return jnp.take_along_axis(stored, slot[:, None, None, None], axis=2).swapaxes(1, 2)
 
 
 def projected(stream: Stream, linears: Sequence[Linear], eps: float) -> list[Array]:
@@ -211,6 +223,7 @@ def _call(
     rows, features = math.prod(x.shape[:-1]), x.shape[-1]
     squares = [] if stream.squares is None else [stream.squares.reshape(rows, -1)]
     weights = [array for linear in linears for array in linear if array is not None]
+    most = max(16, X_BYTES // (tile_rows(rows) * x.dtype.itemsize))
     read = [x.reshape(rows, features), *squares, *arrays, *weights]
     return triton_call.call(
         _with_named_refs,
@@ -227,7 +240,7 @@ def _call(
         ),
         in_place=in_place,
         program=kernel,
-        depth=max(16, min(tile.depth, pl.next_power_of_2(features))),
+        depth=max(16, min(tile.depth, most, pl.next_power_of_2(features))),
         normed=bool(squares),
         array_count=len(arrays),
         biased=tuple(linear.bias is not None for linear in linears),
@@ -280,7 +293,8 @@ def _heads(
     matrices, q_ref, q_before_rope_ref, keys_ref, values_ref = refs
     rows, half = cos_ref.shape
     blocks = half // columns
-    slot, row = plt.load(slot_ref.at[jnp.int32(0)]), jnp.arange(ROWS)[:, None]
+    row = jnp.arange(tile_rows(rows))[:, None]
+    slot = load_slots(slot_ref, jnp.minimum(row, rows - 1))
     first_program = 0
     head_counts = (q_ref.shape[1], keys_ref.shape[1], values_ref.shape[1])
     for number, ((kernel_ref, bias_ref), heads) in enumerate(zip(matrices, head_counts, strict=True)):
@@ -310,7 +324,7 @@ def _heads(
                     store(q_before_rope_ref, (head, store_lane), plain[which])
                 else:
                     cache_ref = keys_ref if number == 1 else values_ref
-                    store_in_cache(cache_ref, rows, (head, slot, store_lane), rotated[which])
+                    store_in_cache(cache_ref, rows, head, slot, store_lane, rotated[which])
 
         pl.when((program >= 0) & (program < heads * blocks))(compute)
         first_program += heads * blocks
@@ -320,7 +334,7 @@ def _normed(parts: list[Array], factors: list[Array], eps: float) -> list[Array]
     """The parts of a head [ROWS, columns] over the head's root mean square, times the factors."""
     wide = [part.astype(jnp.float32) for part in parts]
     width = sum(part.shape[1] for part in wide)
-    squares = sum((jnp.sum(part * part, axis=1) for part in wide), jnp.zeros(ROWS, jnp.float32))
+    squares = sum((jnp.sum(part * part, axis=1) for part in wide), jnp.zeros(wide[0].shape[0], jnp.float32))
     inverse_rms = lax.rsqrt(squares / width + eps)[:, None]
     return [
         times_normed(part * inverse_rms, its[None, :], parts[0].dtype) for part, its in zip(wide, factors, strict=True)
@@ -358,7 +372,8 @@ def _added(x: _Rows, residual_ref: Any, *refs: Any, columns: int, scaled: bool) 
     column = pl.program_id(0) * columns + jnp.arange(columns)
     width = residual_ref.shape[1]
     column_in_range, is_column = in_range(column, width)
-    row_in_range = jnp.minimum(jnp.arange(ROWS), residual_ref.shape[0] - 1)[:, None]
+    rows = residual_ref.shape[0]
+    row_in_range = jnp.minimum(jnp.arange(tile_rows(rows)), rows - 1)[:, None]
     # loaded before the product, so that nothing waits for them after it
     residual = plt.load(residual_ref.at[row_in_range, column_in_range[None, :]])
     scale = plt.load(scale_ref[0].at[column_in_range]) if scaled else None
@@ -374,7 +389,7 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
     """x times the given columns of each matrix, the bias added, float32 [ROWS, columns] each; rows beyond those of x
     are undefined. With `eps`, x is normed: its scale is in it already, and the root mean square divides the product."""
     rows, features = x.ref.shape
-    row, lanes = jnp.arange(ROWS), jnp.arange(x.depth)
+    row, lanes = jnp.arange(tile_rows(rows)), jnp.arange(x.depth)
     row_in_range, is_row = jnp.minimum(row, rows - 1)[:, None], (row < rows)[:, None]
     whole = features % x.depth == 0
     # what is needed after the loop is loaded before it
@@ -404,7 +419,7 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
             sums_after.append(total + plt.dot(x_block, weights, allow_tf32=False))
         return tuple(sums_after)
 
-    zeros = tuple(jnp.zeros((ROWS, column.size), jnp.float32) for _, _, column in parts)
+    zeros = tuple(jnp.zeros((row.size, column.size), jnp.float32) for _, _, column in parts)
     products = list(lax.fori_loop(0, pl.cdiv(features, x.depth), multiply_block, zeros))
     if squares is not None and eps is not None:
         inverse_rms = lax.rsqrt(jnp.sum(squares, axis=1) / features + eps)[:, None]

@@ -11,8 +11,13 @@ from jaxtyping import Array
 
 from recyc_jax.kernels.gpu import triton_call
 
-ROWS = 16
-"""Rows of a tile that Triton multiplies; x has at most as many."""
+LEAST_ROWS = 16
+"""Rows of the smallest tile that Triton multiplies."""
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of the tile that holds so many rows of x."""
+    return max(LEAST_ROWS, pl.next_power_of_2(rows))
 
 
 class Norm(NamedTuple):
@@ -48,20 +53,26 @@ def times_normed(normed: Array, factors: Array, dtype: Any) -> Array:
 
 def store(ref: Any, index: tuple[Any, ...], values: Array) -> None:
     """Store the rows that the output has."""
-    rows, row = ref.shape[0] - spare(), jnp.arange(ROWS)[:, None]
+    rows, row = ref.shape[0] - spare(), jnp.arange(values.shape[0])[:, None]
     store_row = jnp.minimum(row, ref.shape[0] - 1)
     plt.store(ref.at[(store_row, *index)], values, mask=jnp.broadcast_to(row < rows, values.shape))
 
 
-def store_in_cache(ref: Any, rows: int, index: tuple[Any, ...], values: Array) -> None:
+def load_slots(slot_ref: Any, row_in_range: Array) -> Array:
+    """The slot of each row's new token [ROWS, 1], or one of all rows."""
+    return plt.load(slot_ref.at[jnp.int32(0)]) if slot_ref.shape[0] == 1 else plt.load(slot_ref.at[row_in_range])
+
+
+def store_in_cache(ref: Any, rows: int, head: Array, slot: Array, lane: Array, values: Array) -> None:
     """Store rows in the cache; one by one when interpreted, since a masked store would overwrite a live row there."""
     if not triton_call.INTERPRET:
-        row = jnp.arange(ROWS)[:, None]
+        row = jnp.arange(values.shape[0])[:, None]
         mask = jnp.broadcast_to(row < rows, values.shape)
-        plt.store(ref.at[(jnp.minimum(row, rows - 1), *index)], values, mask=mask)
+        plt.store(ref.at[jnp.minimum(row, rows - 1), head, slot, lane], values, mask=mask)
         return
     for row in range(rows):
-        plt.store(ref.at[(jnp.int32(row), *index)], values[row : row + 1])
+        its_slot = slot if slot.ndim == 0 else slot[row, 0]
+        plt.store(ref.at[jnp.int32(row), head, its_slot, lane], values[row : row + 1])
 
 
 def store_scaled(
@@ -72,7 +83,7 @@ def store_scaled(
     wide = out.astype(jnp.float32)
     if is_column is not None:
         wide = jnp.where(is_column[None, :], wide, 0)
-    row, rows = jnp.arange(ROWS), squares_ref.shape[0] - spare()
+    row, rows = jnp.arange(out.shape[0]), squares_ref.shape[0] - spare()
     store_row = jnp.minimum(row, squares_ref.shape[0] - 1)
     plt.store(squares_ref.at[store_row, pl.program_id(0)], jnp.sum(wide * wide, axis=1), mask=row < rows)
 
@@ -81,7 +92,7 @@ def load_squares(squares_ref: Any, row_in_range: Array) -> Array:
     """Each row's squares, summed over parts: float32 [ROWS, parts]."""
     count = squares_ref.shape[1]
     part = jnp.arange(pl.next_power_of_2(count))
-    is_part = jnp.broadcast_to(part < count, (ROWS, part.size))
+    is_part = jnp.broadcast_to(part < count, (row_in_range.shape[0], part.size))
     return plt.load(squares_ref.at[row_in_range, jnp.minimum(part, count - 1)[None, :]], mask=is_part, other=0)
 
 

@@ -7,6 +7,7 @@ all query heads that share a key/value head, so that every key is loaded once fo
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from recyc_jax import sharding
+from recyc_jax.attention import selection
 from recyc_jax.attention.reference import MASKED
 from recyc_jax.kernels.gpu import triton_call
 from recyc_jax.kernels.gpu.decode_attention import LEAST, merge
@@ -37,7 +39,20 @@ def chunk(
     offset: Int[Array, ""],
 ) -> Float[Array, "B C N H"]:
     """As `prefill_attention.chunk`."""
-    return _attend(q, keys, values, starts, offset)[0]
+    return _attend(q, keys, values, starts, jnp.broadcast_to(offset, starts.shape))[0]
+
+
+def block(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    begins: Int[Array, " B"],
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
+    """As `Implementation.block`; the pass that makes the output also writes the first query's logits."""
+    out, normaliser, logits = _attend(q, keys, values, starts, begins, with_logits=True)
+    groups = q.shape[2] // keys.shape[1]
+    return out, selection.group_maximum(logits - normaliser[:, :, :groups, None])
 
 
 def window_scores(
@@ -49,17 +64,21 @@ def window_scores(
 ) -> Float[Array, "B K S"]:
     """As `reference.window_scores`: a pass for the queries' normalisers, and one in which every slot is scored."""
     offset = length - q.shape[1]
-    _, normaliser = _attend(q, keys, values, starts, offset)
-    inputs = ("B-K-", "BK--", "BK-", "B", "-")
+    offsets = jnp.broadcast_to(offset, starts.shape)
+    _, normaliser = _attend(q, keys, values, starts, offsets)[:2]
+    inputs = ("B-K-", "BK--", "BK-", "B", "B")
     local = sharding.split_kernel(_scores_on_device, q.shape[0], inputs, "BK-")
-    return local(q, keys, normaliser, starts, jnp.reshape(offset, 1))
+    return local(q, keys, normaliser, starts, offsets)
 
 
-def _attend(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> tuple[Array, Array]:
-    """The output [B, C, N, H], and each query's logsumexp [B, K, C G]."""
-    inputs = ("B-K-", "BK--", "BK--", "B", "-")
-    local = sharding.split_kernel(_attend_on_device, q.shape[0], inputs, ("B-K-", "BK-"))
-    return local(q, keys, values, starts, jnp.reshape(offset, 1))
+def _attend(
+    q: Array, keys: Array, values: Array, starts: Array, offsets: Array, with_logits: bool = False
+) -> tuple[Array, ...]:
+    """The output [B, C, N, H], each query's logsumexp [B, K, C G], and if asked for the first token's logits [B, K, G, S].
+    `offsets` [B] are the slots of the rows' first queries."""
+    inputs, outputs = ("B-K-", "BK--", "BK--", "B", "B"), ("B-K-", "BK-", *(("BK--",) if with_logits else ()))
+    local = functools.partial(_attend_on_device, with_logits=with_logits)
+    return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, starts, offsets)
 
 
 def _by_kv_head(q: Array, kv_heads: int) -> Array:
@@ -69,7 +88,9 @@ def _by_kv_head(q: Array, kv_heads: int) -> Array:
     return grouped.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
 
 
-def _attend_on_device(q: Array, keys: Array, values: Array, starts: Array, offset: Array) -> tuple[Array, Array]:
+def _attend_on_device(
+    q: Array, keys: Array, values: Array, starts: Array, offsets: Array, with_logits: bool
+) -> tuple[Array, ...]:
     batch, width, heads, dim = q.shape
     kv_heads = keys.shape[1]
     groups, rows, lanes = heads // kv_heads, width * (heads // kv_heads), max(LEAST, pl.next_power_of_2(dim))
@@ -78,10 +99,13 @@ def _attend_on_device(q: Array, keys: Array, values: Array, starts: Array, offse
     parts = max(1, min(blocks, PROGRAMS // (batch * kv_heads * tiles)))
     padded = jnp.pad(_by_kv_head(q, kv_heads), [(0, 0), (0, 0), (0, tiles * tile - rows), (0, lanes - dim)])
     shape = (batch, kv_heads, parts, tiles * tile)
-    outs, peaks, totals = triton_call.call(
+    shapes = [(*shape, lanes), shape, shape]
+    if with_logits:  # a masked store goes one past the end, never to a live index
+        shapes.append((batch, kv_heads, groups + 1, blocks * BLOCK))
+    outs, peaks, totals, *logits = triton_call.call(
         _attend_part,
-        [padded, keys, values, starts, offset],
-        [jax.ShapeDtypeStruct((*shape, lanes), jnp.float32), *[jax.ShapeDtypeStruct(shape, jnp.float32)] * 2],
+        [padded, keys, values, starts, offsets],
+        [jax.ShapeDtypeStruct(one, jnp.float32) for one in shapes],
         (tiles, batch * kv_heads, parts),
         "turn_attention",
         warps=8 if tile > 64 else 4,
@@ -93,7 +117,7 @@ def _attend_on_device(q: Array, keys: Array, values: Array, starts: Array, offse
     )
     out, normaliser = merge(outs, peaks, totals, (), rows, dim, q.dtype)
     out = out.reshape(batch, kv_heads, width, groups, dim).transpose(0, 2, 1, 3, 4).reshape(q.shape)
-    return out, normaliser
+    return (out, normaliser, *(one[:, :, :groups, : keys.shape[2]] for one in logits))
 
 
 def _load_block(ref: Any, row: Array, head: Array, slot: Array, lane: Array) -> Array:
@@ -112,11 +136,11 @@ def _attend_part(
     keys_ref: Any,
     values_ref: Any,
     starts_ref: Any,
-    offset_ref: Any,
+    offsets_ref: Any,
     out_ref: Any,
     peak_ref: Any,
     total_ref: Any,
-    *,
+    *logits_ref: Any,
     tile: int,
     groups: int,
     width: int,
@@ -127,7 +151,7 @@ def _attend_part(
     kv_heads, parts = keys_ref.shape[1], peak_ref.shape[2]
     row, head = of_head // kv_heads, of_head % kv_heads
     query, lane, lanes = number * tile + jnp.arange(tile), jnp.arange(q_ref.shape[3]), jnp.arange(BLOCK)
-    start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
+    start, offset = plt.load(starts_ref.at[row]), plt.load(offsets_ref.at[row])
     query_slot = offset + jnp.minimum(query // groups, width - 1)
     q = plt.load(q_ref.at[row, head, query[:, None], lane[None, :]])
 
@@ -137,6 +161,9 @@ def _attend_part(
         logits = plt.dot(q, _load_block(keys_ref, row, head, slot, lane).T, allow_tf32=False).astype(jnp.float32)
         seen = (slot[None, :] <= query_slot[:, None]) & (slot >= start)[None, :]
         logits = jnp.where(seen, logits * dim**-0.5, MASKED)
+        for ref in logits_ref:
+            index = (row, head, jnp.minimum(query, groups)[:, None], slot[None, :])
+            plt.store(ref.at[index], logits, mask=jnp.broadcast_to((query < groups)[:, None], logits.shape))
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1))
         shrink, weights = jnp.exp(peak - new_peak), jnp.exp(logits - new_peak[:, None])
         v = _load_block(values_ref, row, head, slot, lane)
@@ -160,7 +187,7 @@ def _attend_part(
 # --- the scores of slots under the last queries ----------------------------------------------------------------------
 
 
-def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, offset: Array) -> Array:
+def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, offsets: Array) -> Array:
     batch, width, heads, dim = q.shape
     kv_heads, capacity = keys.shape[1:3]
     groups, lanes = heads // kv_heads, max(LEAST, pl.next_power_of_2(dim))
@@ -171,7 +198,7 @@ def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, o
     normaliser = jnp.pad(normaliser, [(0, 0)] * 3 + [(0, tile - width)])
     (scores,) = triton_call.call(
         _score_block,
-        [q, keys, normaliser, starts, offset],
+        [q, keys, normaliser, starts, offsets],
         [jax.ShapeDtypeStruct((batch, kv_heads, blocks * BLOCK), jnp.float32)],
         (blocks, batch * kv_heads),
         "window_scores",
@@ -188,7 +215,7 @@ def _score_block(
     keys_ref: Any,
     normaliser_ref: Any,
     starts_ref: Any,
-    offset_ref: Any,
+    offsets_ref: Any,
     score_ref: Any,
     *,
     width: int,
@@ -199,7 +226,7 @@ def _score_block(
     kv_heads, groups, tile = keys_ref.shape[1], q_ref.shape[2], q_ref.shape[3]
     row, head = of_head // kv_heads, of_head % kv_heads
     query, lane, slot = jnp.arange(tile), jnp.arange(q_ref.shape[4]), block * BLOCK + jnp.arange(BLOCK)
-    start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
+    start, offset = plt.load(starts_ref.at[row]), plt.load(offsets_ref.at[row])
     query_slot = offset + query
     is_query = (query < width) & (query_slot >= start)
     seen = (slot[None, :] <= query_slot[:, None]) & is_query[:, None]

@@ -1,0 +1,70 @@
+"""Lossless decoding: recycled attention drafts, full attention verifies, and the text is full attention's own.
+
+The pattern is speculative sampling (Leviathan et al., https://arxiv.org/abs/2211.17192) with the model as its own drafter,
+as in TriForce (https://arxiv.org/abs/2404.11912) and MagicDec (https://arxiv.org/abs/2408.11049): `lossless.py` has the
+loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from recyc_jax.attention.implementation import Implementation
+from recyc_jax.policies.base import Attended, Caches, Policy, PromptNeeds, PromptStats, Step
+from recyc_jax.policies.lookahead import Lookahead
+from recyc_jax.policies.recycled import RecycledAttention
+from recyc_jax.policies.recycled_parts import States
+from recyc_jax.policies.schedules import FixedStride
+from recyc_jax.validation import whole_number
+
+
+@dataclasses.dataclass(frozen=True)
+class Lossless(Policy):
+    """Partial steps of `drafter` draft `draft_length` tokens at most; one pass of full attention over them keeps those that
+    full attention itself would have chosen, and chooses one more. Greedy tokens are full attention's, token for token up
+    to ties within rounding; samples follow its distribution.
+
+    `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: each pass
+    refreshes the set, so there is no schedule, and no remainder. In loops that force tokens (`score`) it is full
+    attention."""
+
+    drafter: Any  # RecycledAttention after __post_init__
+    draft_length: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "draft_length", whole_number("draft", self.draft_length, 1))
+        most, drafter = self.most_steps, self.drafter
+        if isinstance(drafter, Lookahead):
+            drafter = dataclasses.replace(drafter, stride=most).rule
+        if type(drafter) is not RecycledAttention or drafter.ablation is not None or not drafter.evict:
+            raise ValueError(f"drafter={self.drafter!r} must be a RecycledAttention or a Lookahead that evicts")
+        object.__setattr__(self, "drafter", dataclasses.replace(drafter, schedule=FixedStride(most)))
+
+    def __str__(self) -> str:
+        options = str(self.drafter).replace(f",stride={self.most_steps}", "")
+        return f"{options},draft={self.draft_length}"
+
+    @property
+    def most_steps(self) -> int:
+        """The most tokens from the query that a set is chosen by to the last draft that reads it: two blocks."""
+        return 2 * self.draft_length + 2
+
+    @property
+    def budget(self) -> int:
+        """The entries that a draft reads per layer and key/value head."""
+        return self.drafter.budget
+
+    @property
+    def needs(self) -> PromptNeeds:
+        return dataclasses.replace(self.drafter.needs, spare=self.draft_length)
+
+    def start(self, attention: Implementation, prompt: Sequence[PromptStats], caches: Caches) -> States:
+        return self.drafter.start(attention, prompt, caches)
+
+    def partial_step(self, attention: Implementation, step: Step, state: Any) -> Attended:
+        """Attend to everything."""
+        out = attention.full(step.q, step.cached, step.visible)
+        return Attended(out, state, full=jnp.ones_like(step.done))
