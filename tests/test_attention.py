@@ -400,3 +400,28 @@ def test_window_scores_kernel(width, length, dim, monkeypatch):
     for row in range(2):
         places = slice(int(starts[row]), length)
         np.testing.assert_allclose(got[row, :, places], want[row, :, places], atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("width", "dim"), [(1, 16), (5, 80), (24, 16)])
+def test_block_kernel(width, dim, monkeypatch):
+    """Drafted tokens whose rows begin in slots of their own; the first query's scores."""
+    monkeypatch.setattr(triton_call, "INTERPRET", jax.default_backend() == "cpu")
+    rng = np.random.default_rng(3)
+    q, keys, values = (
+        jnp.asarray(rng.normal(size=shape) * 2, jnp.float32)
+        for shape in ((2, width, 6, dim), (2, 2, 150, dim), (2, 2, 150, dim))
+    )
+    starts, begins = jnp.asarray([0, 70], jnp.int32), jnp.asarray([120, 101], jnp.int32)
+    cached = LayerCache(keys, values)
+    got, scores = turn_attention.block(q, keys, values, starts, begins)
+    want, want_scores = implementations.resolve("reference").block(q, cached, starts, begins)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    for row in range(2):
+        seen = slice(int(starts[row]), int(begins[row]) + 1)
+        np.testing.assert_allclose(scores[row, :, seen], want_scores[row, :, seen], atol=1e-4)
+    for number in range(width):
+        visible = (np.arange(150) >= np.asarray(starts)[:, None]) & (
+            np.arange(150) <= np.asarray(begins)[:, None] + number
+        )
+        out = reference.full(q[:, number], keys, values, jnp.asarray(visible))
+        np.testing.assert_allclose(got[:, number], out, atol=1e-4)

@@ -13,20 +13,11 @@ import recyc_jax as rj
 from recyc_jax import lossless
 from recyc_jax.kernels.gpu import triton_call
 
-STRINGS = ("recycled:budget=8,pool=1,draft=4", "lookahead:budget=6,draft=2", "recycled:budget=3,draft=1")
-
-
-@pytest.fixture(autouse=True)
-def eager(monkeypatch):
-    """Drafts in every round; on texts as short as the tests' they would not pay."""
-    monkeypatch.setattr(lossless.Loop, "_draft_cost", lambda self, ends: jnp.zeros((), jnp.float32))
-    monkeypatch.setattr(lossless, "PASS_COST", 0.01)
-
-
-@pytest.fixture(scope="module")
-def sharp(params):
-    """Parameters of a model that is sure of its tokens, so that drafts are kept."""
-    return params | {"embedding": params["embedding"] * 3}
+STRINGS = (
+    "recycled:budget=8,pool=1,draft=4,adapt=false",
+    "lookahead:budget=6,draft=2,adapt=false",
+    "recycled:budget=3,draft=1,adapt=false",
+)
 
 
 @pytest.mark.parametrize("text", STRINGS)
@@ -47,7 +38,9 @@ def test_greedy_tokens_are_full_attentions(params, config, text):
 
 def test_an_exact_drafter_is_always_kept(params, config):
     """A budget of the whole text drafts what full attention would choose."""
-    out = rj.generate(params, config, RAGGED, policy="recycled:budget=99,draft=4", max_new_tokens=21, eos_ids=())
+    out = rj.generate(
+        params, config, RAGGED, policy="recycled:budget=99,draft=4,adapt=false", max_new_tokens=21, eos_ids=()
+    )
     np.testing.assert_array_equal(out.drafted, [16] * 4)
     np.testing.assert_array_equal(out.accepted, [16] * 4)
     np.testing.assert_array_equal(out.full_steps[:, 0], [4] * 4)
@@ -65,7 +58,7 @@ def test_an_exact_drafter_is_always_kept(params, config):
 def test_any_shapes(params, config, lengths, budget, draft, ahead, count, seed):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(2, 96, n).tolist() for n in lengths]
-    policy = f"recycled:budget={budget},pool=1,lookahead={ahead},decay=1,draft={draft}"
+    policy = f"recycled:budget={budget},pool=1,lookahead={ahead},decay=1,draft={draft},adapt=false"
     options = dict(max_new_tokens=count, eos_ids=())
     want = rj.generate(params, config, prompts, policy="full", **options)
     np.testing.assert_array_equal(rj.generate(params, config, prompts, policy=policy, **options).tokens, want.tokens)
@@ -111,12 +104,12 @@ def test_processors_see_each_token(params, config):
 
 
 @pytest.mark.parametrize("sampler", [rj.Sample(1.3), rj.Sample(0.8, top_k=5), rj.Sample(1.5, top_p=0.8)])
-def test_samples_are_distributed_as_full_attentions(sharp, sampler):
+def test_samples_are_distributed_as_full_attentions(sampler):
     """Pairs of tokens after one prompt in many rows, by chi-square, against the product of the model's probabilities."""
     config = rj.LlamaConfig.tiny(num_hidden_layers=1, vocab_size=12)
     params = jax.tree.map(lambda leaf: 4 * leaf, rj.init_params(config, jax.random.key(3)))
     prompt, rows = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], 4000
-    policy = "recycled:budget=3,pool=1,draft=3"
+    policy = "recycled:budget=3,pool=1,draft=3,adapt=false"
     out = rj.generate(
         params,
         config,
@@ -148,15 +141,19 @@ def test_samples_are_distributed_as_full_attentions(sharp, sampler):
 
 
 def test_no_drafts_where_they_do_not_pay(params, config, monkeypatch):
-    """Full steps alone, and now and then a draft to see. The policy is this test's own, as the program must be."""
+    """Full steps alone, and now and then a draft to see; and drafts of half or the whole length where they pay. The
+    policies are this test's own, as their programs must be."""
     monkeypatch.setattr(lossless.Loop, "_draft_cost", lambda self, ends: jnp.ones((), jnp.float32))
-    monkeypatch.setattr(lossless, "PASS_COST", 1.06)
     monkeypatch.setattr(lossless, "PROBE", 8)
     out = rj.generate(params, config, RAGGED, policy="recycled:budget=7,pool=1,draft=4", max_new_tokens=40, eos_ids=())
     want = rj.generate(params, config, RAGGED, policy="full", max_new_tokens=40, eos_ids=())
     np.testing.assert_array_equal(out.tokens, want.tokens)
     assert np.min(out.drafted) > 0
     assert np.max(out.drafted) <= 4 * 2
+    monkeypatch.setattr(lossless.Loop, "_draft_cost", lambda self, ends: jnp.asarray(0.02, jnp.float32))
+    out = rj.generate(params, config, RAGGED, policy="recycled:budget=9,pool=1,draft=4", max_new_tokens=40, eos_ids=())
+    np.testing.assert_array_equal(out.tokens, want.tokens)
+    assert np.min(out.drafted) > 4 * 2
 
 
 def test_forced_tokens_are_full_attentions(params, config):
@@ -184,6 +181,7 @@ def test_kernels_verify(params, config, monkeypatch):
         ("lookahead:remainder=true,draft=2", "draft goes without remainder"),
         ("recycled:budget=8,draft=0", "draft=0 must be at least 1"),
         ("recycled:budget=8,draft=two", "draft=two is not a whole number"),
+        ("recycled:budget=8,stride=4,adapt=false", "no option adapt"),
     ],
 )
 def test_bad_strings(text, message):

@@ -29,7 +29,8 @@ def test_the_example_runs(capsys):
 
 
 @pytest.mark.slow
-def test_the_page_on_conversations_runs(capsys):
+def test_the_page_on_conversations_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # it saves a state
     names = {}
     for example in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "conversations.md").read_text(), re.S):
         exec(example, names)

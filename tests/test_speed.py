@@ -190,7 +190,6 @@ def test_a_filled_state_is_decoded_as_a_prefilled_one_is(params, config):
     policy = rj.RecycledAttention(6, rj.FixedStride(3))
     filled = measuring.filled(config, params, policy, 2, 40, 9, None)
     real = rj.prefill(params, config, jnp.ones((2, 31), jnp.int32), policies=(policy,), max_new_tokens=9)
-    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), filled) == jax.tree.map(
-        lambda leaf: (leaf.shape, leaf.dtype), real
-    )
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), one.without_room()) for one in (filled, real)]
+    assert shapes[0] == shapes[1]
     assert int(filled.cache.length) == int(real.cache.length)

@@ -108,4 +108,6 @@ def _decode_batch(
                     "seconds": round(seconds, 4),
                 }
             )
+            if isinstance(out, rj.LosslessGeneration):
+                rows[-1] |= {"drafted": int(out.drafted[row]), "accepted": int(out.accepted[row])}
         yield rows

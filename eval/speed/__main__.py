@@ -25,10 +25,15 @@ def main(args: list[str] | None = None) -> int:
 def _prepare(config: Config) -> Callable[[], None]:
     from eval.speed import estimate, measure
     from recyc_jax import shapes
+    from recyc_jax.policies.lossless import Lossless
+    from recyc_jax.policies.registry import parse_policy
 
     lengths = command_line.lengths(config.lengths)
     command_line.check_counts(batch=config.batch, repeats=config.repeats, chips=config.chips)
     command_line.check_policies(config.policies, lengths)
+    for text in config.policies:
+        if isinstance(parse_policy(text, lengths[0]), Lossless):
+            raise ValueError(f"policy {text!r} drafts: `python -m eval.drafts` times and estimates it")
     model = shapes.named_shape(config.model)
     command_line.check_context(lengths, model.max_position_embeddings, config.allow_beyond_context)
     if config.bandwidth is not None and not config.bandwidth > 0:

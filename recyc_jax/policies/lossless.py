@@ -28,24 +28,28 @@ class Lossless(Policy):
     to ties within rounding; samples follow its distribution.
 
     `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: each pass
-    refreshes the set, so there is no schedule, and no remainder. In loops that force tokens (`score`) it is full
-    attention."""
+    refreshes the set, so there is no schedule, and no remainder. Drafts get shorter, down to none, where few are kept or
+    a draft step costs too much of a full one; with `adapt=False` all have `draft_length` tokens. In loops that force
+    tokens (`score`) it is full attention."""
 
     drafter: Any  # RecycledAttention after __post_init__
     draft_length: int = 8
+    adapt: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "draft_length", whole_number("draft", self.draft_length, 1))
         most, drafter = self.most_steps, self.drafter
         if isinstance(drafter, Lookahead):
             drafter = dataclasses.replace(drafter, stride=most).rule
+        if not isinstance(self.adapt, bool):
+            raise ValueError(f"adapt={self.adapt!r} must be True or False")
         if type(drafter) is not RecycledAttention or drafter.ablation is not None or not drafter.evict:
             raise ValueError(f"drafter={self.drafter!r} must be a RecycledAttention or a Lookahead that evicts")
         object.__setattr__(self, "drafter", dataclasses.replace(drafter, schedule=FixedStride(most)))
 
     def __str__(self) -> str:
         options = str(self.drafter).replace(f",stride={self.most_steps}", "")
-        return f"{options},draft={self.draft_length}"
+        return f"{options},draft={self.draft_length}{'' if self.adapt else ',adapt=false'}"
 
     @property
     def most_steps(self) -> int:

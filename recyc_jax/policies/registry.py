@@ -89,7 +89,8 @@ class Options:
         """The policy, or with the option `draft` the lossless one that drafts by it."""
         if draft is None:
             return drafter
-        return Lossless(drafter, Options(self.text, f"draft={draft}", None).integer("draft"))
+        adapt = self.truth("adapt", True)
+        return Lossless(drafter, Options(self.text, f"draft={draft}", None).integer("draft"), adapt)
 
     def refuse_beside_draft(self, *names: str) -> str | None:
         """The option `draft`, which goes without these."""

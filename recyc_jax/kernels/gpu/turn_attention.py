@@ -8,7 +8,7 @@ all query heads that share a key/value head, so that every key is loaded once fo
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,24 @@ from recyc_jax.kernels.gpu.decode_attention import LEAST, merge
 
 TILE = 128
 """Queries (of all heads of a group) that a program multiplies at a time, at most."""
-BLOCK = 64
-"""Slots that a program reads at a time."""
 PROGRAMS = 264
 """Programs that fill a GPU: two for each of an H100's processors."""
+
+
+class _Split(NamedTuple):
+    """How slots are split among programs."""
+
+    block: int  # slots that a program reads at a time
+    programs: int
+    warps: int
+    stages: int
+
+
+# measured on an H200 at 131,072 slots of an 8B shape (docs/results/lossless.md)
+_SMALL = _Split(32, 2 * PROGRAMS, warps=4, stages=4)
+_LARGE = _Split(64, PROGRAMS, warps=8, stages=3)
+SCORED = 64
+"""Slots that a program scores."""
 
 
 def chunk(
@@ -95,22 +109,24 @@ def _attend_on_device(
     kv_heads = keys.shape[1]
     groups, rows, lanes = heads // kv_heads, width * (heads // kv_heads), max(LEAST, pl.next_power_of_2(dim))
     tile = min(TILE, max(LEAST, pl.next_power_of_2(rows)))
-    tiles, blocks = pl.cdiv(rows, tile), pl.cdiv(keys.shape[2], BLOCK)
-    parts = max(1, min(blocks, PROGRAMS // (batch * kv_heads * tiles)))
+    split = _SMALL if tile < TILE else _LARGE
+    tiles, blocks = pl.cdiv(rows, tile), pl.cdiv(keys.shape[2], split.block)
+    parts = max(1, min(blocks, split.programs // (batch * kv_heads * tiles)))
     padded = jnp.pad(_by_kv_head(q, kv_heads), [(0, 0), (0, 0), (0, tiles * tile - rows), (0, lanes - dim)])
     shape = (batch, kv_heads, parts, tiles * tile)
     shapes = [(*shape, lanes), shape, shape]
     if with_logits:  # a masked store goes one past the end, never to a live index
-        shapes.append((batch, kv_heads, groups + 1, blocks * BLOCK))
+        shapes.append((batch, kv_heads, groups + 1, blocks * split.block))
     outs, peaks, totals, *logits = triton_call.call(
         _attend_part,
         [padded, keys, values, starts, offsets],
         [jax.ShapeDtypeStruct(one, jnp.float32) for one in shapes],
         (tiles, batch * kv_heads, parts),
         "turn_attention",
-        warps=8 if tile > 64 else 4,
-        stages=3,
+        warps=split.warps,
+        stages=split.stages,
         tile=tile,
+        block_slots=split.block,
         groups=groups,
         width=width,
         dim=dim,
@@ -142,6 +158,7 @@ def _attend_part(
     total_ref: Any,
     *logits_ref: Any,
     tile: int,
+    block_slots: int,
     groups: int,
     width: int,
     dim: int,
@@ -150,14 +167,14 @@ def _attend_part(
     number, of_head, part = (pl.program_id(axis) for axis in range(3))
     kv_heads, parts = keys_ref.shape[1], peak_ref.shape[2]
     row, head = of_head // kv_heads, of_head % kv_heads
-    query, lane, lanes = number * tile + jnp.arange(tile), jnp.arange(q_ref.shape[3]), jnp.arange(BLOCK)
+    query, lane, lanes = number * tile + jnp.arange(tile), jnp.arange(q_ref.shape[3]), jnp.arange(block_slots)
     start, offset = plt.load(starts_ref.at[row]), plt.load(offsets_ref.at[row])
     query_slot = offset + jnp.minimum(query // groups, width - 1)
     q = plt.load(q_ref.at[row, head, query[:, None], lane[None, :]])
 
     def attend_block(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
-        slot = block * BLOCK + lanes
+        slot = block * block_slots + lanes
         logits = plt.dot(q, _load_block(keys_ref, row, head, slot, lane).T, allow_tf32=False).astype(jnp.float32)
         seen = (slot[None, :] <= query_slot[:, None]) & (slot >= start)[None, :]
         logits = jnp.where(seen, logits * dim**-0.5, MASKED)
@@ -175,7 +192,7 @@ def _attend_part(
         jnp.zeros(tile, jnp.float32),
         jnp.zeros((tile, lane.size), jnp.float32),
     )
-    first, end = start // BLOCK, (offset + width + BLOCK - 1) // BLOCK
+    first, end = start // block_slots, (offset + width + block_slots - 1) // block_slots
     share = (end - first + parts - 1) // parts
     begin = first + part * share
     peak, total, out = lax.fori_loop(begin, jnp.minimum(begin + share, end), attend_block, carry)
@@ -191,7 +208,7 @@ def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, o
     batch, width, heads, dim = q.shape
     kv_heads, capacity = keys.shape[1:3]
     groups, lanes = heads // kv_heads, max(LEAST, pl.next_power_of_2(dim))
-    tile, blocks = max(LEAST, pl.next_power_of_2(width)), pl.cdiv(capacity, BLOCK)
+    tile, blocks = max(LEAST, pl.next_power_of_2(width)), pl.cdiv(capacity, SCORED)
     q = q.reshape(batch, width, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, W, H]
     q = jnp.pad(q, [(0, 0)] * 3 + [(0, tile - width), (0, lanes - dim)])
     normaliser = normaliser.reshape(batch, kv_heads, width, groups).swapaxes(2, 3)
@@ -199,7 +216,7 @@ def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, o
     (scores,) = triton_call.call(
         _score_block,
         [q, keys, normaliser, starts, offsets],
-        [jax.ShapeDtypeStruct((batch, kv_heads, blocks * BLOCK), jnp.float32)],
+        [jax.ShapeDtypeStruct((batch, kv_heads, blocks * SCORED), jnp.float32)],
         (blocks, batch * kv_heads),
         "window_scores",
         warps=4,
@@ -225,13 +242,13 @@ def _score_block(
     block, of_head = (pl.program_id(axis) for axis in range(2))
     kv_heads, groups, tile = keys_ref.shape[1], q_ref.shape[2], q_ref.shape[3]
     row, head = of_head // kv_heads, of_head % kv_heads
-    query, lane, slot = jnp.arange(tile), jnp.arange(q_ref.shape[4]), block * BLOCK + jnp.arange(BLOCK)
+    query, lane, slot = jnp.arange(tile), jnp.arange(q_ref.shape[4]), block * SCORED + jnp.arange(SCORED)
     start, offset = plt.load(starts_ref.at[row]), plt.load(offsets_ref.at[row])
     query_slot = offset + query
     is_query = (query < width) & (query_slot >= start)
     seen = (slot[None, :] <= query_slot[:, None]) & is_query[:, None]
     k = _load_block(keys_ref, row, head, slot, lane)
-    best = jnp.full(BLOCK, MASKED, jnp.float32)
+    best = jnp.full(SCORED, MASKED, jnp.float32)
     for group in range(groups):
         q = plt.load(q_ref.at[row, head, group, query[:, None], lane[None, :]])
         logits = plt.dot(q, k.T, allow_tf32=False).astype(jnp.float32) * dim**-0.5
