@@ -158,7 +158,8 @@ def _encoded_array(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         arrays[path] = np.asarray(jax.random.key_data(value))
         return {"keys": path, "generator": str(jax.random.key_impl(value))}
-    arrays[path] = np.ascontiguousarray(jax.device_get(value)).reshape(np.shape(value))
+    # of a copy: an array remembers what was read of it, and could then not be donated to the next call
+    arrays[path] = np.ascontiguousarray(jax.device_get(jnp.copy(value))).reshape(np.shape(value))
     return {"array": path}
 
 
