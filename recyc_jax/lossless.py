@@ -222,7 +222,7 @@ class Loop:
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.params["embedding"].dtype.itemsize
         held = (ends - self.starts).astype(jnp.float32)
         few = jnp.sum(jnp.minimum(held, self.policy.budget))
-        fixed = weights + c.num_hidden_layers * OVERHEAD
+        fixed = float(weights + c.num_hidden_layers * OVERHEAD)  # more than 32 bits hold
         return (fixed + token * few) / (fixed + token * jnp.sum(held))
 
     def _round_of(self, carry: LosslessState, length: int, refreshes: bool) -> LosslessState:

@@ -66,6 +66,9 @@ def h100():
         yield mesh
 
 
+DRAFTING = rj.Lossless(rj.RecycledAttention(1024, rj.FixedStride(1)), draft_length=8)
+
+
 def shapes(name, layers, batch, length, policy):
     config = shortened(SHAPES[name], layers)
     params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
@@ -130,6 +133,8 @@ def test_layers_that_decide_ask_no_cond(h100):
         ("smollm2-135m", 1, 8192, rj.RecycledAttention(512, rj.FixedStride(50))),
         ("qwen3-8b", 1, 131072, RECYCLED),
         ("gemma-3-12b", 1, 131072, RECYCLED),
+        ("llama-3.1-8b", 1, 131072, DRAFTING),
+        ("llama-3.1-8b", 3, 131072, DRAFTING),
     ],
 )
 def test_no_step_copies_a_cache(h100, name, batch, length, policy):
