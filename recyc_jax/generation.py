@@ -98,7 +98,7 @@ def generate(
     tokens exceed the model's context, unless `allow_beyond_context`.
     """
     policy = as_policy(policy)
-    check_sampling(config, policy, sampling, eos_ids, pad_id, key)
+    check_sampling(config, policy, sampling, eos_ids, pad_id, key, implementation)
     state = prefill(
         params,
         config,
@@ -189,7 +189,7 @@ def advance(
     policy = as_policy(policy)
     check_state(state, policy, implementation)
     if isinstance(policy, Lossless):
-        lossless.check(config, as_chain(sampling))
+        lossless.check(config, as_chain(sampling), implementations.resolve(implementation))
     new_tokens = state.room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
     if last is None and new_tokens > state.room:
         raise ValueError(f"max_new_tokens={new_tokens} must lie in 1..{state.room}: prefill made room for {state.room}")
@@ -496,10 +496,18 @@ def check_state(state: Prefilled, policy: Policy, implementation: str | None) ->
         raise ValueError(f"{policy} needs the prompt's {what}: name it in prefill(policies=...)")
 
 
-def check_sampling(config: LlamaConfig, policy: Policy, sampling: Any, eos_ids: Any, pad_id: Any, key: Any) -> None:
+def check_sampling(
+    config: LlamaConfig,
+    policy: Policy,
+    sampling: Any,
+    eos_ids: Any,
+    pad_id: Any,
+    key: Any,
+    implementation: str | None,
+) -> None:
     """Raise ValueError as `generate` does for these arguments, before prompts are read."""
     if isinstance(policy, Lossless):
-        lossless.check(config, as_chain(sampling))
+        lossless.check(config, as_chain(sampling), implementations.resolve(implementation))
     _sampling_arguments(config, sampling, eos_ids, pad_id, key, None)
 
 

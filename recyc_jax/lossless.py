@@ -94,8 +94,13 @@ class Ends:
         return done
 
 
-def check(config: LlamaConfig, chained: Chain) -> None:
-    """Raise ValueError for models and samplers that cannot be drafted for."""
+def check(config: LlamaConfig, chained: Chain, attention: Implementation) -> None:
+    """Raise ValueError for models, samplers and implementations that cannot be drafted for."""
+    if attention.slots_last:
+        raise ValueError(
+            "draft=... is not there for a TPU's kernels, whose kept sets know one length for all rows: pass"
+            " implementation='reference'"
+        )
     if len(config.full_layers) < config.num_hidden_layers:
         raise ValueError("draft=... needs a model without sliding windows: rejected drafts would overwrite their rings")
     if not isinstance(chained.sampler, Greedy | Sample):

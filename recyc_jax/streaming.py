@@ -87,7 +87,7 @@ def stream(
     """`generate`, but the tokens come in pieces of at most 16, and with a `tokenizer` their text too. It ends early when
     all rows have ended. Arguments and errors are `generate`'s, raised before the first piece."""
     policy = as_policy(policy)
-    check_sampling(config, policy, sampling, eos_ids, pad_id, key)
+    check_sampling(config, policy, sampling, eos_ids, pad_id, key, implementation)
     state = prefill(
         params,
         config,

@@ -1,5 +1,7 @@
 """Drafts that are verified give full attention's text: the same tokens, or the same distribution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,6 +213,11 @@ def test_what_cannot_be_drafted_for_is_named(params, config):
         rj.generate(
             params, config, RAGGED, policy=STRINGS[0], sampling=lambda logits, keys, step: jnp.argmax(logits, -1)
         )
+    with pytest.raises(ValueError, match="TPU's kernels"):
+        rj.generate(params, config, RAGGED, policy=STRINGS[0], implementation="pallas_tpu")
+    windowed = dataclasses.replace(config, sliding_window=8, layer_types=("sliding_attention", "full_attention"))
+    with pytest.raises(ValueError, match="sliding windows"):
+        rj.generate(params, windowed, RAGGED, policy=STRINGS[0])
     state = rj.prefill(params, config, RAGGED, policies="recycled:budget=8,stride=2,pool=1")
     with pytest.raises(ValueError, match="spare slots"):
         rj.decode(params, config, state, policy=STRINGS[0])
