@@ -93,7 +93,7 @@ def generate(
     `eos_ids` is one id or several; None takes the config's, `()` none. `stop` are sequences of token ids that end a row
     too, the sequence included. `top_log_probabilities=n` also gives each token's log-probability, and the n most likely
     tokens of each place with theirs (0: none); they are the model's own, before `sampling`. `key` is one PRNG key or one
-    per row.
+    per row. Under a `Lossless` policy the result is a `LosslessGeneration`.
     Raises ValueError naming the argument at fault, before the prompts are read; also for prompts that with their new
     tokens exceed the model's context, unless `allow_beyond_context`.
     """

@@ -41,6 +41,8 @@ MEMORY = 0.8
 """What a round keeps of the share of drafts that were kept before it."""
 PROBE = 64
 """Rounds without drafts after which a short one is tried."""
+BENEFIT = 0.85
+"""The share of drafts that such a trial assumes to be kept: a bad one ends it, a good one makes others follow."""
 PASS_COST = 1.1
 """What a pass over a block costs, in full steps."""
 OVERHEAD = 2**27
@@ -218,7 +220,8 @@ class Loop:
         best = jnp.where(probes, 1, best)
         kind = jnp.where(best == 0, 0, jnp.where(pace.stale, 1, best + 1))
         waited = jnp.where(best == 0, pace.waited + 1, jnp.where(kind == 1, pace.waited, 0))
-        return kind, dataclasses.replace(pace, waited=waited, stale=kind == 0)
+        rate = jnp.where(probes & (kind != 1), jnp.maximum(pace.rate, BENEFIT), pace.rate)
+        return kind, Pace(rate, waited, kind == 0)
 
     def _draft_cost(self, ends: Array) -> Array:
         """What a draft step costs, in full steps: by the bytes that each reads, and what layers take beside that."""

@@ -92,6 +92,8 @@ def test_answers_go_on(params, config, text, tmp_path):
     np.testing.assert_array_equal(rows, want.tokens)
     full, state = (rj.extend(params, config, one, turn, max_new_tokens=5) for one in (full, stream.state))
     want, full = rj.decode(params, config, full, policy="full", eos_ids=())
+    _, state = rj.decode(params, config, state, policy=text, max_new_tokens=2, eos_ids=(), rewind=False)
+    state = rj.rewind(state)
     np.testing.assert_array_equal(rj.decode(params, config, state, policy=text, eos_ids=())[0].tokens, want.tokens)
 
 
@@ -157,6 +159,28 @@ def test_no_drafts_where_they_do_not_pay(params, config, monkeypatch):
     out = rj.generate(params, config, RAGGED, policy="recycled:budget=9,pool=1,draft=4", max_new_tokens=40, eos_ids=())
     np.testing.assert_array_equal(out.tokens, want.tokens)
     assert np.min(out.drafted) > 4 * 2
+
+
+def test_drafts_come_back(params, config):
+    """After a time without drafts, a trial that is kept makes others follow, and one that is not ends it."""
+    loop = object.__new__(lossless.Loop)
+    loop.policy = rj.parse_policy("recycled:budget=8,draft=8")
+    loop._draft_cost = lambda ends: jnp.asarray(0.4, jnp.float32)
+    next_kind = jax.jit(lambda pace: loop._next_kind(pace, jnp.zeros(1), (4, 8)))
+
+    def kinds(rate, kept, rounds):
+        """0: no draft; 1: a new set; 2, 3: drafts of 4 and 8, of which the share `kept` is kept."""
+        pace, found = lossless.Pace(jnp.asarray(rate), jnp.asarray(0), jnp.asarray(False)), []
+        for _ in range(rounds):
+            kind, pace = next_kind(pace)
+            found.append(int(kind))
+            if kind > 1:
+                pace = dataclasses.replace(pace, rate=lossless.MEMORY * pace.rate + (1 - lossless.MEMORY) * kept)
+        return found
+
+    assert kinds(1.0, 1.0, 5) == [3] * 5
+    assert kinds(0.1, 0.0, 70) == [0] * lossless.PROBE + [1, 2] + [0] * (68 - lossless.PROBE)
+    assert set(kinds(0.1, 1.0, 80)[lossless.PROBE + 2 :]) <= {2, 3}
 
 
 def test_a_draft_costs_what_was_measured():

@@ -24,8 +24,10 @@ from recyc_jax.validation import whole_number
 @dataclasses.dataclass(frozen=True)
 class Lossless(Policy):
     """Partial steps of `drafter` draft `draft_length` tokens at most; one pass of full attention over them keeps those that
-    full attention itself would have chosen, and chooses one more. Greedy tokens are full attention's, token for token up
-    to ties within rounding; samples follow its distribution.
+    full attention itself would have chosen, and chooses one more. Samples follow full attention's distribution; greedy
+    tokens are its own, up to rounding: a pass over several tokens sums in another order than a step of one, so where two
+    tokens nearly tie, which in float32 is rare, the other one may be chosen, and neighbours in the batch, by whose drafts
+    the blocks are as long as they are, have a part in that.
 
     `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: each pass
     refreshes the set, so there is no schedule, and no remainder. Drafts get shorter, down to none, where few are kept or
