@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from recyc_jax import generation_loop, implementations, sharding
 from recyc_jax import prompts as prompt_arrays
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import check_state, rewound_to
+from recyc_jax.generation import rewound_to
+from recyc_jax.generation_checks import check_state
 from recyc_jax.generation_loop import DecodeState
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy

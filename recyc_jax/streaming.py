@@ -11,7 +11,8 @@ from jax.core import Tracer
 
 from recyc_jax import generation_loop
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import advance, check_sampling
+from recyc_jax.generation import advance
+from recyc_jax.generation_checks import check_sampling
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention

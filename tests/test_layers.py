@@ -44,6 +44,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "policies.registry state_files",
     "prefilling",
     "generation_loop lossless",
+    "generation_checks",
     "generation",
     "scoring turns spelling",
     "streaming",
