@@ -1,9 +1,12 @@
 """The loop of lossless decoding (`policies/lossless.py`). Rows go on by different numbers of tokens, so each has a
 length of its own in the cache; slots behind it hold what was rejected, and are written again.
 
-lax.while_loop, until all rows have their tokens or have ended:
-    lax.switch over the lengths of a draft (none, half, whole), by the share of drafts that were kept lately:
-        lax.scan of draft steps: partial attention to the kept set, as in `generation_loop.py`
+lax.while_loop, until all rows have their tokens or have ended; each round is one of (lax.switch):
+    where drafts do not pay: a few steps of full attention
+    before drafts from an old kept set: one such step, which makes a new one
+    drafts, verified:
+        lax.while_loop of draft steps: partial attention to the kept set, as in `generation_loop.py`; until another draft
+            would cost more time than the tokens that it may give
         one pass of full attention over the pending token and the drafts, which overwrites their keys and values and
             scores the cache by its first query, which is never rejected: the kept set of the next draft
         row by row, the drafts that full attention would have chosen, and the token after them
@@ -37,25 +40,37 @@ from recyc_jax.sampling import Chain, Greedy, Sample, independent
 
 DRAFTED, KEPT, REDRAWN = 1, 2, 3
 """What a row's key is folded with for the draws of one token."""
-MEMORY = 0.8
-"""What a round keeps of the share of drafts that were kept before it."""
-PROBE = 64
-"""Rounds without drafts after which a short one is tried."""
-BENEFIT = 0.85
-"""The share of drafts that such a trial assumes to be kept: a bad one ends it, a good one makes others follow."""
-PASS_COST = 1.1
-"""What a pass over a block costs, in full steps."""
+MEMORY = 0.9
+"""What a round of drafts keeps of what was known of the rounds before it."""
+FIRST = 1.5
+"""The gain (`Pace`) that an answer begins with."""
+PROBE = 16
+"""Steps without drafts after which drafts are tried; twice as many after each trial."""
+TRIAL = 1.1
+"""The gain that such a trial begins with: few bad rounds end it."""
+LIKELY = 0.95
+"""The share of drafts that can be hoped to be kept. Where not even that would pay, none are made."""
+RUN = 4
+"""Full steps that are taken at a time where drafts do not pay: a decision after each would keep a GPU waiting."""
+PASS_COST = 1.25
+"""What a pass over a block costs, in full steps: on an H100 1.2 to 1.3 (docs/results/lossless.md)."""
 OVERHEAD = 2**27
 """Bytes that could be read in the time that a layer takes beside reading: 33 us on an H200, as measured for 8B and 0.5B
 shapes (docs/results/lossless.md)."""
+BEYOND_KERNELS = 1.5
+"""That time in a pass over more tokens than the kernels of few rows take: so much more."""
+STEPS, REFRESH, DRAFTS = range(3)
+"""The kinds of a round."""
 
 
 @flax.struct.dataclass
 class Pace:
-    """By what the length of the next draft is chosen."""
+    """By what the next round is chosen."""
 
-    rate: Leaf  # float32 []: the share of drafts that are kept where the ones before them were
-    waited: Leaf  # int32 []: rounds since the last draft
+    gain: Leaf  # float32 [B]: in the rounds with drafts lately, tokens of a row per time of a full step
+    rate: Leaf  # float32 []: the share of their drafts that were kept where the ones before them were
+    waited: Leaf  # int32 []: steps since the last draft
+    patience: Leaf  # int32 []: such steps before drafts are tried
     stale: Leaf  # bool []: the kept sets are not of the last round
 
 
@@ -111,8 +126,8 @@ def check(config: LlamaConfig, chained: Chain, attention: Implementation) -> Non
         )
 
 
-def lengths_of_drafts(policy: Lossless) -> tuple[int, ...]:
-    """The set that the length of a draft is chosen from, besides none."""
+def widths(policy: Lossless) -> tuple[int, ...]:
+    """The drafts that a pass has room for: it takes the least that its drafts need."""
     return tuple(sorted({max(1, policy.draft_length // 2), policy.draft_length}))
 
 
@@ -125,7 +140,8 @@ def begin(
     counts = dict(output=output, passes=zeros, drafted=zeros, accepted=zeros, made=zeros)
     if before is None:
         caches = Caches(cache.full_layers, cache.visible, cache.length, policy.most_steps)
-        pace = Pace(jnp.ones((), jnp.float32), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.bool_))
+        gain, likely = jnp.full(rows, FIRST, jnp.float32), jnp.asarray(LIKELY, jnp.float32)
+        pace = Pace(gain, likely, jnp.zeros((), jnp.int32), jnp.asarray(PROBE, jnp.int32), jnp.zeros((), jnp.bool_))
         return LosslessState(
             layers=cache.layers,
             ends=jnp.broadcast_to(cache.length, (rows,)),
@@ -188,8 +204,7 @@ class Loop:
 
     def first(self, carry: LosslessState, logits: Array) -> LosslessState:
         """The carry with the first token chosen, from prefill's logits."""
-        carry, _ = self._chosen(carry, logits, self.active(carry), None)
-        return carry
+        return self._chosen(carry, logits[:, None], (None, None), 0)
 
     def active(self, carry: LosslessState) -> Array:
         """Rows that need more tokens."""
@@ -198,93 +213,176 @@ class Loop:
     # --- a round
 
     def round(self, carry: LosslessState) -> LosslessState:
-        """Draft, verify, choose."""
-        lengths = lengths_of_drafts(self.policy)
-        kind, pace = self._next_kind(carry.pace, carry.ends, lengths)
-        branches = [lambda carry: self._round_of(carry, 0, False), lambda carry: self._round_of(carry, 0, True)]
-        branches += [lambda carry, length=length: self._round_of(carry, length, True) for length in lengths]
+        """Full steps, or drafts and the pass over them."""
+        if not self.policy.adapt:
+            return self._drafting(carry)
+        kind, pace = self._next_kind(carry)
+        branches = [self._steps, lambda carry: self._after_pass(carry, 0, True), self._drafting]
         return lax.switch(kind, branches, dataclasses.replace(carry, pace=pace))
 
-    def _next_kind(self, pace: Pace, ends: Array, lengths: tuple[int, ...]) -> tuple[Array, Pace]:
-        """The branch of the next round: the length of a draft with the most tokens per time, none where drafts do not pay;
-        before drafts from an old kept set, one full step that makes a new one."""
-        if not self.policy.adapt:
-            return jnp.asarray(len(lengths) + 1, jnp.int32), pace
-        rate = jnp.clip(pace.rate, 0.0, 0.999)
-        share = self._draft_cost(ends)
-        gains = [jnp.ones((), jnp.float32)]
-        for length in lengths:
-            gains.append((1 - rate ** (length + 1)) / (1 - rate) / (PASS_COST + length * share))
-        best = jnp.argmax(jnp.stack(gains)).astype(jnp.int32)
-        probes = (best == 0) & (pace.waited >= PROBE)
-        best = jnp.where(probes, 1, best)
-        kind = jnp.where(best == 0, 0, jnp.where(pace.stale, 1, best + 1))
-        waited = jnp.where(best == 0, pace.waited + 1, jnp.where(kind == 1, pace.waited, 0))
-        rate = jnp.where(probes & (kind != 1), jnp.maximum(pace.rate, BENEFIT), pace.rate)
-        return kind, Pace(rate, waited, kind == 0)
+    def _next_kind(self, carry: LosslessState) -> tuple[Array, Pace]:
+        """The kind of the next round, and the pace with what it will have waited."""
+        pace, can_pay = carry.pace, self._can_pay(carry.ends)
+        left = jnp.where(self.active(carry), self.limit - carry.lengths, 0).astype(jnp.float32)
+        # the batch takes as long as its slowest row
+        pays = can_pay & (jnp.max(left / pace.gain) < jnp.max(left))
+        tries = can_pay & ~pays & (pace.waited >= pace.patience)
+        drafts = pays | tries
+        kind = jnp.where(drafts, jnp.where(pace.stale, REFRESH, DRAFTS), STEPS)
+        kind = jnp.where((kind == STEPS) & (jnp.max(left) < self._run), REFRESH, kind)
+        waited = pace.waited + jnp.where(kind == STEPS, self._run, 1)
+        waited = jnp.where(drafts, jnp.where(kind == DRAFTS, 0, pace.waited), waited)
+        begins = tries & (kind == DRAFTS)
+        gain = jnp.where(begins, jnp.maximum(pace.gain, TRIAL), pace.gain)
+        patience = jnp.where(begins, 2 * pace.patience, pace.patience)
+        return kind.astype(jnp.int32), Pace(gain, pace.rate, waited, patience, kind == STEPS)
 
-    def _draft_cost(self, ends: Array) -> Array:
-        """What a draft step costs, in full steps: by the bytes that each reads, and what layers take beside that."""
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
-        c = self.config
-        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * self.params["embedding"].dtype.itemsize
-        held = (ends - self.starts).astype(jnp.float32)
-        few = jnp.sum(jnp.minimum(held, self.policy.budget))
-        fixed = float(weights + c.num_hidden_layers * OVERHEAD)  # more than 32 bits hold
-        return (fixed + token * few) / (fixed + token * jnp.sum(held))
+    @property
+    def _run(self) -> int:
+        return min(RUN, self.policy.draft_length + 1)
 
-    def _round_of(self, carry: LosslessState, length: int, refreshes: bool) -> LosslessState:
-        carry, drafts, scores = self._drafted(carry, length)
-        tokens = jnp.concatenate([carry.token[:, None], drafts], axis=1)
-        logits, layers, policy_states = self._verified(carry, tokens, refreshes)
-        carry = dataclasses.replace(carry, layers=layers, policy_states=policy_states)
-        active = alive = self.active(carry)
-        before, kept = carry.lengths, carry.accepted
-        for place in range(length + 1):
-            draft = None if place == length else (drafts[:, place], None if scores is None else scores[place])
-            carry, alive = self._chosen(carry, logits[:, place], alive, draft)
-        pace, kept = carry.pace, carry.accepted - kept
-        if length:
-            ended = jnp.sum(jnp.where(active & (kept < length) & ~carry.done, 1, 0))
-            tried = jnp.sum(kept) + ended
-            rate = jnp.where(tried > 0, jnp.sum(kept) / jnp.maximum(tried, 1), pace.rate).astype(jnp.float32)
-            pace = dataclasses.replace(pace, rate=MEMORY * pace.rate + (1 - MEMORY) * rate)
+    def _steps(self, carry: LosslessState) -> LosslessState:
+        """Full steps, one after another."""
+        return lax.scan(lambda now, _: (self._after_pass(now, 0, False), None), carry, length=self._run)[0]
+
+    def _drafting(self, carry: LosslessState) -> LosslessState:
+        """Drafts, and the pass over them."""
+        before, active = carry, self.active(carry)
+        carry, drafted, count = self._drafted(carry)
+
+        def passed(width: int) -> Any:
+            def run(carry: LosslessState) -> LosslessState:
+                tokens, scores = (None if one is None else one[:width] for one in drafted)
+                return self._after_pass(carry, width, True, (tokens, scores), count)
+
+            return run
+
+        *shorter, longest = widths(self.policy)
+        if shorter and self.policy.adapt:
+            carry = lax.cond(count <= shorter[0], passed(shorter[0]), passed(longest), carry)
+        else:
+            carry = passed(longest)(carry)
         return dataclasses.replace(
             carry,
-            ends=carry.ends + carry.lengths - before,
-            pace=pace,
-            passes=carry.passes + active.astype(jnp.int32),
-            drafted=carry.drafted + jnp.where(active, length, 0),
+            drafted=carry.drafted + jnp.where(active, count, 0),
+            pace=self._paced(before, carry, count),
         )
 
-    def _drafted(self, carry: LosslessState, length: int) -> tuple[LosslessState, Array, Any]:
-        """`length` drafts [B, length] of each row, and for samples the scores [length, B, V] that they were drawn by."""
-        rows = carry.token.shape[0]
-        if not length:
-            return carry, jnp.zeros((rows, 0), jnp.int32), None
-        done, policy, attention = ~self.active(carry), self.policy.drafter, self.attention
+    def _paced(self, before: LosslessState, after: LosslessState, count: Array) -> Pace:
+        """The pace after a round with `count` drafts, by the rows that it has not ended."""
+        pace, goes_on = after.pace, self.active(before) & self.active(after)
+        share, pass_cost = self._costs(before.ends)
+        tokens = (after.lengths - before.lengths).astype(jnp.float32)
+        gain = tokens / (pass_cost + share * count.astype(jnp.float32))
+        gain = jnp.where(goes_on, MEMORY * pace.gain + (1 - MEMORY) * gain, pace.gain)
+        kept = jnp.where(goes_on, after.accepted - before.accepted, 0)
+        tried = jnp.sum(jnp.where(goes_on, jnp.minimum(kept + 1, count), 0))
+        share_kept = jnp.sum(kept).astype(jnp.float32) / jnp.maximum(tried, 1).astype(jnp.float32)
+        rate = MEMORY * pace.rate + (1 - MEMORY) * share_kept
+        rate = jnp.where(tried > 0, rate, pace.rate)
+        return dataclasses.replace(pace, gain=gain.astype(jnp.float32), rate=rate.astype(jnp.float32))
 
-        def step(now: tuple[Any, Array, Any], number: Array) -> tuple[tuple[Any, Array, Any], Any]:
-            layers, token, of_chain = now
+    def _can_pay(self, ends: Array) -> Array:
+        """Whether drafts of any length gain time if the share `LIKELY` of them is kept."""
+        share, pass_cost = self._costs(ends)
+        count = jnp.arange(1, self.policy.draft_length + 1, dtype=jnp.float32)
+        tokens = (1 - LIKELY ** (count + 1)) / (1 - LIKELY)
+        return jnp.any(tokens > pass_cost + share * count)
+
+    def _costs(self, ends: Array) -> tuple[Array, Array]:
+        """What a draft step and a pass cost, in full steps: by the bytes that each reads, and what layers take beside
+        that."""
+        c, rows, dtype = self.config, self.starts.shape[0], self.params["embedding"].dtype
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+        held = (ends - self.starts).astype(jnp.float32)
+        few = jnp.sum(jnp.minimum(held, self.policy.budget))
+        beside = float(c.num_hidden_layers * OVERHEAD)  # more than 32 bits hold
+        full = weights + beside + token * jnp.sum(held)
+        layers, width = self.attention.decoder_layers, self.policy.draft_length + 1
+        falls_back = layers(c, rows, dtype) is not None and layers(c, rows, dtype, width) is None
+        return (weights + beside + token * few) / full, PASS_COST + (
+            BEYOND_KERNELS * beside if falls_back else 0
+        ) / full
+
+    def _drafted(self, carry: LosslessState) -> tuple[LosslessState, tuple[Array, Any], Array]:
+        """The drafts [N, B], for samples the scores [N, B, V] that they were drawn by, and how many of the N were made:
+        the same for all rows. The next draft is made if it gives more tokens per time than those before it and the pass:
+        it counts where the ones before it are kept, which is as likely as the drafter was sure of them, or for samples
+        as of late."""
+        rows, most = carry.token.shape[0], self.policy.draft_length
+        active, policy, attention = self.active(carry), self.policy.drafter, self.attention
+        share, pass_cost = self._costs(carry.ends)
+        is_greedy = isinstance(self.chained.sampler, Greedy)
+        rows_active = jnp.maximum(jnp.sum(active, dtype=jnp.float32), 1)
+
+        def step(now: tuple[Any, ...]) -> tuple[Any, ...]:
+            number, layers, token, of_chain, drafts, all_scores, sure, gives, _ = now
             slots = carry.ends + number
 
             def read(layer: int, heads: Heads, cached: LayerCache, state: Any) -> tuple[Array, Any]:
-                its = Step(heads.q[:, 0], heads.q_before_rope[:, 0], cached, self.starts, slots + 1, number + 1, done)
+                its = Step(
+                    heads.q[:, 0], heads.q_before_rope[:, 0], cached, self.starts, slots + 1, number + 1, ~active
+                )
                 return policy.partial_step(attention, its, state).out[:, None], state
 
             hidden, layers, _ = self._decoded(layers, token[:, None], slots, read, carry.policy_states)
             logits = model.logits(self.params, self.config, hidden[:, 0])
             place = (carry.lengths + number)[:, None]
             scores = self._scores(logits, of_chain, place)
-            if isinstance(self.chained.sampler, Greedy):
+            if is_greedy:
                 token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-                return (layers, token, self.chained.update(of_chain, token)), (token, None)
-            token = jax.vmap(jax.random.categorical)(self._keys(place[:, 0], DRAFTED), scores).astype(jnp.int32)
-            return (layers, token, self.chained.update(of_chain, token)), (token, scores)
+                sure = sure * jnp.exp(jnp.max(scores, axis=-1) - jax.nn.logsumexp(scores, axis=-1))
+            else:
+                token = jax.vmap(jax.random.categorical)(self._keys(place[:, 0], DRAFTED), scores).astype(jnp.int32)
+                sure = sure * carry.pace.rate
+                all_scores = lax.dynamic_update_index_in_dim(all_scores, scores, number, 0)
+            drafts = lax.dynamic_update_index_in_dim(drafts, token, number, 0)
+            number, next_gives = number + 1, jnp.sum(jnp.where(active, sure, 0)) / rows_active
+            gives = gives + next_gives
+            goes_on = next_gives * (pass_cost + share * number.astype(jnp.float32)) > share * gives
+            return number, layers, token, self.chained.update(of_chain, token), drafts, all_scores, sure, gives, goes_on
 
-        begun = carry.layers, carry.token, carry.of_chain
-        (layers, _, _), (drafts, scores) = lax.scan(step, begun, jnp.arange(length, dtype=jnp.int32))
-        return dataclasses.replace(carry, layers=layers), drafts.T, scores
+        def another(now: tuple[Any, ...]) -> Array:
+            number, goes_on = now[0], now[-1]
+            return (number < most) & goes_on if self.policy.adapt else number < most
+
+        vocabulary = self.config.vocab_size
+        begun = (
+            jnp.zeros((), jnp.int32),
+            carry.layers,
+            carry.token,
+            carry.of_chain,
+            jnp.zeros((most, rows), jnp.int32),
+            None if is_greedy else jnp.zeros((most, rows, vocabulary), jnp.float32),
+            jnp.ones(rows, jnp.float32),
+            jnp.ones((), jnp.float32),
+            jnp.ones((), jnp.bool_),
+        )
+        count, layers, _, _, drafts, scores, *_ = lax.while_loop(another, step, begun)
+        return dataclasses.replace(carry, layers=layers), (drafts, scores), count
+
+    def _after_pass(
+        self,
+        carry: LosslessState,
+        width: int,
+        refreshes: bool,
+        drafted: tuple[Array | None, Any] = (None, None),
+        count: Array | None = None,
+    ) -> LosslessState:
+        """The carry after a pass of full attention over each row's pending token and `width` drafts, of which the first
+        `count` were made; with the tokens that it chooses."""
+        drafts, tokens = drafted[0], carry.token[:, None]
+        if drafts is not None:
+            tokens = jnp.concatenate([tokens, drafts.T], axis=1)
+        logits, layers, policy_states = self._verified(carry, tokens, refreshes)
+        active = self.active(carry)
+        carry = dataclasses.replace(
+            carry, layers=layers, policy_states=policy_states, passes=carry.passes + active.astype(jnp.int32)
+        )
+        before = carry.lengths
+        carry = self._chosen(carry, logits, drafted, 0 if count is None else count)
+        return dataclasses.replace(carry, ends=carry.ends + carry.lengths - before)
 
     def _verified(
         self, carry: LosslessState, tokens: Array, refreshes: bool
@@ -339,54 +437,79 @@ class Loop:
         return sampler.restricted(scores) if isinstance(sampler, Sample) else scores
 
     def _chosen(
-        self, carry: LosslessState, logits: Array, alive: Array, draft: tuple[Array, Any] | None
-    ) -> tuple[LosslessState, Array]:
-        """The carry with the next token of the rows `alive`, and the rows whose next draft is still in question: those that
-        have kept this one and need more."""
+        self, carry: LosslessState, logits: Array, drafted: tuple[Array | None, Any], count: Any
+    ) -> LosslessState:
+        """The carry with the tokens that the logits [B, T, V] give: of `drafted` (the first `count` of T - 1) those that
+        are kept, and one more, as far as rows need them."""
+        (rows, width), (drafts, scores) = logits.shape[:2], drafted
+        alive, made, tokens, taken = self.active(carry), carry.made, [], []
+        # without processors, whose states change from token to token, all most likely tokens are found at once
+        is_plain = isinstance(self.chained.sampler, Greedy) and not self.chained.processors
+        likely = jnp.argmax(logits, axis=-1).astype(jnp.int32) if is_plain else None
+        for place in range(width):
+            its = None
+            if drafts is not None and place + 1 < width:
+                its = drafts[place], None if scores is None else scores[place], place < count
+            if likely is None:
+                token, is_kept = self._choice(carry, logits[:, place], its)
+            else:
+                token = likely[:, place]
+                is_kept = jnp.zeros_like(alive) if its is None else (its[0] == token) & its[2]
+            recent = jnp.concatenate([carry.recent, token[:, None]], axis=1)[:, 1:]
+            tokens.append(token)
+            taken.append(alive)
+            carry = self._with_token(carry, token, recent, alive, is_kept)
+            alive = alive & is_kept & self.active(carry)
+        taken, tokens = jnp.stack(taken, axis=1), jnp.stack(tokens, axis=1)
+        columns = jax.tree.leaves(carry.output)[0].shape[1]
+        at = jnp.where(taken, made[:, None] + jnp.arange(width), columns)  # beyond the last column nothing is written
+        row = jnp.arange(rows, dtype=jnp.int32)[:, None]
+        recorded = jax.vmap(self.record, in_axes=1, out_axes=1)(logits, tokens)
+        output = jax.tree.map(lambda kept, new: kept.at[row, at].set(new, mode="drop"), carry.output, recorded)
+        return dataclasses.replace(carry, output=output)
+
+    def _choice(
+        self, carry: LosslessState, logits: Array, draft: tuple[Array, Any, Array] | None
+    ) -> tuple[Array, Array]:
+        """The next token of each row by its logits [B, V], and whether it is the draft; `draft`: tokens [B], for samples
+        the scores [B, V] that they were drawn by, and whether they were made."""
         place = carry.lengths[:, None]
         scores = self._scores(logits, carry.of_chain, place)
-        is_kept = jnp.zeros_like(alive)
+        is_kept = jnp.zeros(logits.shape[0], jnp.bool_)
         if isinstance(self.chained.sampler, Greedy):
             token = jnp.argmax(scores, axis=-1).astype(jnp.int32)
-            if draft is not None:
-                is_kept = draft[0] == token
-        else:
-            wanted = jax.nn.softmax(scores, axis=-1)
-            left = wanted
-            if draft is not None:
-                drafted = jax.nn.softmax(draft[1], axis=-1)
-                p, q = (jnp.take_along_axis(one, draft[0][:, None], axis=1)[:, 0] for one in (wanted, drafted))
-                uniform = jax.vmap(jax.random.uniform)(self._keys(place[:, 0], KEPT))
-                is_kept = uniform * q < p
-                left = jnp.maximum(wanted - drafted, 0)
-            redrawn = jax.vmap(jax.random.categorical)(self._keys(place[:, 0], REDRAWN), jnp.log(left))
-            token = redrawn.astype(jnp.int32)
-            if draft is not None:
-                token = jnp.where(is_kept, draft[0], token)
-        row = jnp.arange(token.shape[0], dtype=jnp.int32)
-        columns = jax.tree.leaves(carry.output)[0].shape[1]
-        at = jnp.where(alive, carry.made, columns)  # beyond the last column nothing is written
-        output = jax.tree.map(
-            lambda kept, new: kept.at[row, at].set(new, mode="drop"), carry.output, self.record(logits, token)
-        )
+            return token, is_kept if draft is None else (draft[0] == token) & draft[2]
+        wanted = jax.nn.softmax(scores, axis=-1)
+        left = wanted
+        if draft is not None:
+            drafted = jax.nn.softmax(draft[1], axis=-1)
+            p, q = (jnp.take_along_axis(one, draft[0][:, None], axis=1)[:, 0] for one in (wanted, drafted))
+            uniform = jax.vmap(jax.random.uniform)(self._keys(place[:, 0], KEPT))
+            is_kept = (uniform * q < p) & draft[2]
+            left = jnp.where(draft[2], jnp.maximum(wanted - drafted, 0), wanted)
+        redrawn = jax.vmap(jax.random.categorical)(self._keys(place[:, 0], REDRAWN), jnp.log(left))
+        token = redrawn.astype(jnp.int32)
+        return (token if draft is None else jnp.where(is_kept, draft[0], token)), is_kept
+
+    def _with_token(
+        self, carry: LosslessState, token: Array, recent: Array, alive: Array, is_kept: Array
+    ) -> LosslessState:
+        """The carry with a token [B] more in the rows `alive`; it is not recorded yet."""
 
         def pick(new: Array, old: Array) -> Array:
             return jnp.where(alive.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-        recent = pick(jnp.concatenate([carry.recent, token[:, None]], axis=1)[:, 1:], carry.recent)
         one = alive.astype(jnp.int32)
-        after = dataclasses.replace(
+        return dataclasses.replace(
             carry,
             token=pick(token, carry.token),
             made=carry.made + one,
             lengths=carry.lengths + one,
             done=carry.done | (alive & self.ends.after(token, recent)),
-            output=output,
             accepted=carry.accepted + (alive & is_kept).astype(jnp.int32),
             of_chain=jax.tree.map(pick, self.chained.update(carry.of_chain, token), carry.of_chain),
-            recent=recent,
+            recent=pick(recent, carry.recent),
         )
-        return after, alive & is_kept & self.active(after)
 
 
 def cache_of(carry: LosslessState, state: Prefilled) -> KVCache:

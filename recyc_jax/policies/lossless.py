@@ -30,9 +30,9 @@ class Lossless(Policy):
     the blocks are as long as they are, have a part in that.
 
     `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: each pass
-    refreshes the set, so there is no schedule, and no remainder. Drafts get shorter, down to none, where few are kept or
-    a draft step costs too much of a full one; with `adapt=False` all have `draft_length` tokens. In loops that force
-    tokens (`score`) it is full attention."""
+    refreshes the set, so there is no schedule, and no remainder. A draft ends where the drafter is too unsure for another
+    token to be worth its time, and none are made while few are kept or a draft step costs too much of a full one; with
+    `adapt=False` all have `draft_length` tokens. In loops that force tokens (`score`) it is full attention."""
 
     drafter: Any  # RecycledAttention after __post_init__
     draft_length: int = 8
