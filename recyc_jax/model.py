@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from recyc_jax import prompts, rope
+from recyc_jax import prompts, rope, sharding
 from recyc_jax.attention import reference
 from recyc_jax.config import LlamaConfig
 from recyc_jax.rope import Positions
@@ -183,7 +183,7 @@ class Llama(nn.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
         """Hidden states after the final norm, and each layer's state. `row_lengths` are as in `rope.by_layer`;
         `decoder_layers` may replace the layers."""
-        x = multiplied(jnp.take(self.embedding, tokens, axis=0, mode="clip"), self.config)
+        x = multiplied(sharding.rows_of(self.embedding, tokens), self.config)
         by_layer = rope.by_layer(self.config, positions, row_lengths)
         if decoder_layers is not None:
             x, states = decoder_layers(self.variables["params"], self.config, x, by_layer, attend, states)

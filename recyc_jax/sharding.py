@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -97,7 +98,15 @@ def spread(array: Any, letters: str, batch: int) -> Any:
     device_mesh = jax.sharding.get_abstract_mesh()
     if isinstance(array, Tracer):
         return jax.lax.with_sharding_constraint(array, by_letters(batch, device_mesh)(letters))
-    return jax.device_put(array, NamedSharding(jax.sharding.get_mesh(), by_letters(batch, device_mesh)(letters)))
+    return jax.device_put(array, place_of(letters, batch))
+
+
+def place_of(letters: str, batch: int) -> NamedSharding | None:
+    """The sharding of an array with these letters (see `by_letters`) over the mesh that is set; None if none is."""
+    if unsplit():
+        return None
+    device_mesh = jax.sharding.get_mesh()
+    return NamedSharding(device_mesh, by_letters(batch, device_mesh)(letters))
 
 
 def unsplit() -> bool:
@@ -107,13 +116,50 @@ def unsplit() -> bool:
 
 def split_kernel(function: Callable[..., Any], batch: int, inputs: tuple[Any, ...], outputs: Any) -> Callable[..., Any]:
     """The function, run on each device's share of heads and rows if a mesh is set (`jax.set_mesh`): XLA cannot split a
-    kernel itself. `inputs` and `outputs` are the letters of each argument and result (see `by_letters`)."""
+    kernel itself. `inputs` and `outputs` are the letters of each argument and result (see `by_letters`), or trees of
+    them: letters at an inner node are those of all its leaves, of which they may name the first dimensions alone."""
     if unsplit():
         return function
-    device_mesh = jax.sharding.get_abstract_mesh()
-    letters = by_letters(batch, device_mesh)
-    out_specs = jax.tree.map(letters, outputs)
-    return jax.shard_map(function, in_specs=tuple(map(letters, inputs)), out_specs=out_specs, check_vma=False)
+    letters = by_letters(batch, jax.sharding.get_abstract_mesh())
+    in_specs, out_specs = (jax.tree.map(letters, one) for one in (inputs, outputs))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+class Split(NamedTuple):
+    """How a batch is split over the mesh that is set."""
+
+    rows: int  # that a device has
+    tensor: int  # devices that share the heads of a row
+
+
+def split_of(batch: int) -> Split:
+    """How `batch` rows are split over the mesh that is set (`jax.set_mesh`); on one device if none is."""
+    if unsplit():
+        return Split(batch, 1)
+    shape = jax.sharding.get_abstract_mesh().shape
+    parts = math.prod(shape.get(axis, 1) for axis in ROWS)
+    return Split(batch // parts if batch % parts == 0 else batch, shape.get(TENSOR, 1))
+
+
+def rows_of(table: Any, numbers: Any, mesh: Mesh | None = None) -> Any:
+    """The rows [B, T, D] of an embedding table [V, D] at these numbers [B, T], the nearest row for one outside of it. Over
+    a mesh (None: the one that is set) each device looks up what its share of the table has, and the results are added:
+    XLA itself would gather the whole table first, or make each row on every device."""
+    device_mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    axes = device_mesh.shape
+    if (mesh is None and unsplit()) or TENSOR not in axes or table.shape[0] % axes[TENSOR]:
+        return jnp.take(table, numbers, axis=0, mode="clip")
+
+    def on_device(part: Any, numbers: Any) -> Any:
+        at = numbers - jax.lax.axis_index(TENSOR).astype(numbers.dtype) * part.shape[0]
+        found = jnp.take(part, at, axis=0, mode="clip")
+        is_here = (at >= 0) & (at < part.shape[0])
+        return jax.lax.psum(jnp.where(is_here[..., None], found, 0), TENSOR)
+
+    letters = by_letters(numbers.shape[0], device_mesh)
+    specs = letters("K-"), letters("B-")
+    local = jax.shard_map(on_device, mesh=device_mesh, in_specs=specs, out_specs=letters("B--"), check_vma=False)
+    return local(table, jnp.clip(numbers, 0, table.shape[0] - 1))
 
 
 def shardings(tree: Any, device_mesh: Mesh) -> Any:

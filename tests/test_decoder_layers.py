@@ -135,9 +135,10 @@ def test_a_projection_added_to_the_stream():
     np.testing.assert_allclose(stream.squares.sum(axis=-1), (want**2).sum(axis=-1), rtol=1e-4)
 
 
-def test_where_the_models_own_layers_run(config, caplog):
+def test_where_the_models_own_layers_run(config, caplog, monkeypatch):
     """The model's own layers run for too many rows; for float16, in which x times a norm's scale can overflow; for a
-    head dimension with too few contiguous columns; and over a mesh, whose matrix products only XLA can split."""
+    head dimension with too few contiguous columns; and over devices that share a row's heads where they do not divide or
+    are normed together."""
     gpu = implementations.resolve("pallas_gpu")
     wide = dataclasses.replace(config, head_dim=16)
     assert gpu.decoder_layers(wide, 16, jnp.bfloat16) is decoder_layers.run
@@ -147,9 +148,13 @@ def test_where_the_models_own_layers_run(config, caplog):
         for _ in range(2):
             assert gpu.decoder_layers(dataclasses.replace(config, head_dim=6), 1, jnp.bfloat16) is None
     assert [record.message.split(":")[0] for record in caplog.records] == ["head_dim=6 is no multiple of 16"]
-    with jax.set_mesh(sharding.mesh(1, 1, 1, jax.devices()[:1])):
-        assert gpu.decoder_layers(wide, 1, jnp.bfloat16) is None
     assert implementations.resolve("reference").decoder_layers(wide, 1, jnp.bfloat16) is None
+    with jax.set_mesh(sharding.mesh(1, 1, 1, jax.devices()[:1])):
+        assert gpu.decoder_layers(wide, 1, jnp.bfloat16) is decoder_layers.run
+    monkeypatch.setattr(sharding, "split_of", lambda rows: sharding.Split(rows // 4, 2))
+    assert gpu.decoder_layers(wide, 64, jnp.bfloat16) is decoder_layers.run
+    assert gpu.decoder_layers(dataclasses.replace(wide, qk_norm="projection"), 4, jnp.bfloat16) is None
+    assert gpu.decoder_layers(dataclasses.replace(wide, num_key_value_heads=1), 4, jnp.bfloat16) is None
 
 
 def test_calls_that_are_alike_are_traced_once(monkeypatch):

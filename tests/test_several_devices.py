@@ -4,12 +4,14 @@ import json
 import socket
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 from checkpoints import write_folder
 from conftest import environment
 
-from recyc_jax import LlamaConfig
+from recyc_jax import LlamaConfig, init_params, sharding
 from recyc_jax.commands import backends
 
 SAME = """
@@ -122,6 +124,36 @@ def test_a_lone_address_is_an_error(run_module):
 
 
 def test_a_share_that_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="--tensor 2 does not divide the 1 devices"):
-        backends.mesh(2, LlamaConfig.tiny(), 4)
-    assert backends.mesh(0, LlamaConfig.tiny(), 4) is None
+    config = LlamaConfig.tiny()
+    with pytest.raises(ValueError, match="--mesh tensor=2 is not of the 1 devices"):
+        backends.mesh("tensor=2", config, 4)
+    for spec in ("tensor=two", "rows=2", "data=0", "data=1,data=1", ""):
+        with pytest.raises(ValueError, match=f"--mesh {spec}: "):
+            backends.mesh(spec, config, 4)
+    assert backends.mesh("auto", config, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch", "kv_heads", "memory", "want"),
+    [
+        ("auto", 8, 4, None, (4, 1)),  # rows apart, which needs no communication
+        ("auto", 2, 4, None, (2, 2)),
+        ("auto", 1, 4, None, (1, 4)),
+        ("auto", 3, 2, None, (2, 2)),  # each group computes all rows
+        ("auto", 8, 4, 0.6, (1, 4)),  # of the weights' size: a quarter and as much again
+        ("auto", 8, 4, 4.0, (4, 1)),
+        ("data=4", 1, 4, None, (4, 1)),
+        ("tensor=2", 8, 4, None, (2, 2)),
+    ],
+)
+def test_the_mesh_that_is_chosen(monkeypatch, spec, batch, kv_heads, memory, want):
+    config = LlamaConfig.tiny(num_attention_heads=4, num_key_value_heads=kv_heads)
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    monkeypatch.setattr(sharding, "mesh", lambda data, fsdp, tensor: (data, tensor))
+    if memory is not None:
+        shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        size = memory * 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        monkeypatch.setattr(
+            jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": size})]
+        )
+    assert backends.mesh(spec, config, batch) == want

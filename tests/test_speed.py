@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from checkpoints import write_folder
+from conftest import environment
 
 import recyc_jax as rj
 from eval.speed import roofline
@@ -106,6 +107,7 @@ def test_estimate_says_where_it_pays_and_what_does_not_fit(call_module):
         (["--lengths", "9000"], "exceeds the model's context of 8192"),
         (["--estimate", "--bandwidth", "-1"], "--bandwidth -1.0 must be above 0"),
         (["--chips", "2"], "--chips goes with --estimate"),
+        (["--estimate", "--mesh", "auto"], "--mesh measures"),
         (["--implementation", "pallas", "--backend", "cpu"], "there are no kernels for cpu"),
         (["--policies", "magic"], "magic"),
     ],
@@ -130,6 +132,19 @@ def test_measuring_a_small_model(call_module, tmp_path):
     assert all(row["mean_ms"] is not None and row["floor_ms"] > 0 and row["prefill_ms"] > 0 for row in rows)
     assert [row[name] is None for row in rows for name in ("full_ms", "partial_ms")] == [0, 1, 0, 0, 0, 0, 1, 0]
     assert (tmp_path / "out" / "speed.png").stat().st_size > 10_000
+
+
+def test_measuring_over_a_mesh(run_module, tmp_path):
+    """Four simulated devices take two rows apart, two of them share each row's heads."""
+    write_folder(tmp_path / "model")
+    ran = run_module(
+        *("eval.speed", "--model", str(tmp_path / "model"), "--lengths", "128", "--repeats", "1", "--batch", "2"),
+        *("--policies", "full", "--mesh", "auto", "--backend", "cpu", "--out", str(tmp_path / "out")),
+        env=environment("--xla_force_host_platform_device_count=4"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    (row,) = [json.loads(line) for line in (tmp_path / "out" / "speed.jsonl").read_text().splitlines()]
+    assert (row["rows_of_a_device"], row["devices_of_a_row"]) == (1, 2)
 
 
 def test_a_waterfall_needs_a_gpu(call_module):

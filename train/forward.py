@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from recyc_jax import model, rope
+from recyc_jax import model, rope, sharding
 from recyc_jax.attention.whole_sequence import Attention, keeps_attention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Heads, Params
@@ -55,16 +55,17 @@ def token_losses(
     z_loss: float = 0.0,
     shares: int = 1,
     place: Callable[[Array], Array] = lambda x: x,
+    look_up: Callable[[Array, Array], Array] = sharding.rows_of,
 ) -> Float[Array, "B T_minus_1"]:
     """For each token except the last, the negative log-probability of the next token, in nats, float32.
 
     `params` are stacked (`stack_layers`). `segments` numbers the documents of a row; positions restart at 0 in each
     document. `attention` is that of layers with full attention, `sliding_attention` that of those with a sliding window.
     `z_loss` and `shares` are passed to `loss.token_losses`. `place` may constrain the sharding of the hidden
-    states [B, T, D].
+    states [B, T, D], and `look_up` takes the embeddings of tokens from the table.
     """
     attentions = attention, sliding_attention or attention
-    hidden = _hidden_states(params, config, tokens, segments, *attentions, remat, place)[:, :-1]
+    hidden = _hidden_states(params, config, tokens, segments, *attentions, remat, place, look_up)[:, :-1]
     return loss.token_losses(hidden, model.output_embedding(params, config), tokens[:, 1:], z_loss, shares)
 
 
@@ -77,8 +78,9 @@ def _hidden_states(
     sliding_attention: Attention,
     remat: Remat,
     place: Callable[[Array], Array],
+    look_up: Callable[[Array, Array], Array],
 ) -> Float[Array, "B T D"]:
-    x = place(model.multiplied(jnp.take(params["embedding"], tokens, axis=0), config))
+    x = place(model.multiplied(look_up(params["embedding"], tokens), config))
     positions = _positions(tokens, segments)
     by_layer = rope.by_layer(config, positions, jnp.max(positions, axis=1) + 1)
     alike, kinds = _kinds(by_layer, config)

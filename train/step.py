@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,7 @@ def train_step(
             z_loss=z_loss,
             shares=math.prod(mesh.shape[name] for name in sharding.ROWS),
             place=lambda x: lax.with_sharding_constraint(x, by_row),
+            look_up=functools.partial(sharding.rows_of, mesh=mesh),
         )
         # the first token of a document is not predicted from the document before it
         counts = (

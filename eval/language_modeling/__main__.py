@@ -58,8 +58,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU."""
     backend: Backend = "auto"
-    tensor: int = 0
-    """Devices that share each row's heads; other devices take other rows. 0: as many as divide the model."""
+    mesh: str = "auto"
+    """How devices share the work: `data=2,tensor=2` is two groups that take different rows, in each of which two devices
+    share a row's heads. auto: as many groups as divide the batch and have memory for the weights."""
     allow_beyond_context: bool = False
     """Allow lengths beyond the model's context length."""
 
@@ -106,7 +107,7 @@ def _prepare(config: Config) -> Callable[[], None]:
 
     import jax.numpy as jnp
 
-    mesh = backends.mesh(config.tensor, model_config, config.batch_size)
+    mesh = backends.mesh(config.mesh, model_config, config.batch_size)
     dtype = command_line.dtype_name(config.dtype)
     sources = {
         "weights": identity.of_weights(folder),

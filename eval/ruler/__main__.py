@@ -57,7 +57,7 @@ def _prepare(config: Config, known: command_line.KnownPolicies) -> Callable[[], 
     import jax.numpy as jnp
 
     dtype = command_line.dtype_name(config.dtype)
-    mesh = backends.mesh(config.tensor, model_config, config.batch_size)
+    mesh = backends.mesh(config.mesh, model_config, config.batch_size)
     sources = {"weights": identity.of_weights(folder), "dtype": dtype, **sources}
     log = _open_log(config, sources, identity.of_tokenizer(tokenizer))
     log.check_samples(making.known_digests(cells, log.rows))

@@ -52,8 +52,9 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on accelerators, float32 on CPU."""
     backend: Backend = "auto"
-    tensor: int = 0
-    """Devices that share each row's heads; other devices take other rows. 0: as many as divide the model."""
+    mesh: str = "auto"
+    """How devices share the work: `data=2,tensor=2` is two groups that take different rows, in each of which two devices
+    share a row's heads. auto: as many groups as divide the batch and have memory for the weights."""
     allow_beyond_context: bool = False
     """Allow lengths beyond the model's context length."""
 

@@ -39,6 +39,8 @@ def _prepare(config: Config) -> Callable[[], None]:
     if config.bandwidth is not None and not config.bandwidth > 0:
         raise ValueError(f"--bandwidth {config.bandwidth} must be above 0 GB/s")
     if config.estimate:
+        if config.mesh is not None:
+            raise ValueError("--mesh measures; with --estimate --chips says how many share the model")
         return lambda: estimate.print_estimate(config, model, lengths)
     for flag in ("device", "chips", "bandwidth"):
         if getattr(config, flag) != next(f.default for f in dataclasses.fields(config) if f.name == flag):
@@ -49,7 +51,13 @@ def _prepare(config: Config) -> Callable[[], None]:
     backends.select(config.backend)
     implementations.resolve(None if config.implementation == "auto" else config.implementation)
     files.writable_folder("--out", config.out)
-    return lambda: measure.measure(config, model, lengths)
+    mesh = None if config.mesh is None else backends.mesh(config.mesh, model, config.batch)
+
+    def run() -> None:
+        with backends.on(mesh):
+            measure.measure(config, model, lengths)
+
+    return run
 
 
 if __name__ == "__main__":

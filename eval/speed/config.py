@@ -28,6 +28,8 @@ class Config:
     """With --estimate: chips that share the model evenly. Their communication is not counted."""
     bandwidth: float | None = None
     """With --estimate: bandwidth of a chip in GB/s. Default: as measured for a copy, or else the vendor's."""
+    mesh: str | None = None
+    """Measure over several devices: data=2,tensor=2, or auto (as in `eval.ruler`). Default: one device."""
     prefill: bool = False
     """Also time the prefill of a prompt of each length; the steps still use a cache filled with random numbers."""
     repeats: int = 5

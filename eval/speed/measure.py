@@ -19,7 +19,7 @@ import recyc_jax as rj
 from eval.speed import roofline
 from eval.speed.config import Config
 from eval.tables import letters, print_table
-from recyc_jax import LlamaConfig, Policy, implementations, parse_policy
+from recyc_jax import LlamaConfig, Policy, implementations, parse_policy, sharding
 from recyc_jax.commands import command_line, json_lines, measuring
 from recyc_jax.commands.plotting import plot
 
@@ -46,7 +46,8 @@ def measure(config: Config, model: LlamaConfig, lengths: list[int]) -> None:
     kind = jax.devices()[0].device_kind
     print(f"{kind}: a copy moves {bandwidth:.1f} GB/s", flush=True)
     shapes = jax.eval_shape(lambda: rj.init_params(model, jax.random.key(0), dtype))
-    params = measuring.random_like(shapes, config.seed, 0.02)
+    mesh = jax.sharding.get_mesh()
+    params = measuring.random_like(shapes, config.seed, 0.02, None if mesh.empty else sharding.shardings(shapes, mesh))
     file, measured = config.out / "speed.jsonl", []
     policies = _full_first(config.policies)
     with json_lines.appending(file) as add:
@@ -101,7 +102,8 @@ def _row(
 ) -> dict[str, Any]:
     copies = implementations.resolve(_implementation(config)).slots_last  # the TPU implementation copies kept sets
     size = jax.tree.leaves(params)[0].dtype.itemsize
-    found = roofline.estimate(model, policy, config.batch, length, copies, size)
+    split = sharding.split_of(config.batch)
+    found = roofline.estimate(model, policy, split.rows, length, copies, size)
     mean, compile_s, peak = mean_ms(config, model, params, policy, length)
     full = mean if found.partial is None else None
     partial = mean if found.full is None else None
@@ -111,10 +113,12 @@ def _row(
         alone, by_turns = _with_few_and_many_full_steps(policy)
         partial, both = (_once(config, model, params, one, length, known) for one in (alone, by_turns))
         full = round(2 * both - partial, 4)
-    reads = [step.bytes if step else None for step in (found.full, found.partial)]
+    reads = [step.bytes // split.tensor if step else None for step in (found.full, found.partial)]
     device = roofline.Device("here", float("inf"), bandwidth, 0, 1.0)
-    floor = found.milliseconds(device)
+    floor = found.milliseconds(device) / split.tensor
     return {
+        "rows_of_a_device": split.rows,
+        "devices_of_a_row": split.tensor,
         "length": length,
         "batch": config.batch,
         "dtype": str(jax.tree.leaves(params)[0].dtype),

@@ -1,4 +1,4 @@
-"""The flags `--backend` and `--tensor`: which devices a command uses, and the mesh over them."""
+"""The flags `--backend` and `--mesh`: which devices a command uses, and the mesh over them."""
 
 from __future__ import annotations
 
@@ -38,30 +38,67 @@ def on(mesh: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def mesh(tensor: int, config: Any, batch_size: int) -> Any:
-    """A mesh over all devices of the run, in which groups of `tensor` devices share each row's heads (0: the largest
-    groups that divide devices and model); None for a single device. Prints a line where `batch_size` rows do not divide
-    among the groups. Raises ValueError if `tensor` does not divide the number of devices or the model's dimensions."""
+def mesh(spec: str, config: Any, batch_size: int) -> Any:
+    """The mesh that `--mesh` names: `data=D` groups of devices that take rows apart, `tensor=T` devices that share heads
+    of a row; None for a single device. What is not named follows from the number of devices, and `auto` chooses both:
+    as many groups as `batch_size` divides among, as long as a device has memory for its share of the weights and as much
+    again. Raises ValueError, naming the flag, for what does not divide the devices, the model or the batch."""
     import jax
 
     from recyc_jax import sharding
 
-    devices = jax.device_count()
-    if tensor == 0:
-        tensor = max(size for size in range(1, devices + 1) if devices % size == 0 and _divides(config, size))
-    if devices % tensor:
-        raise ValueError(f"--tensor {tensor} does not divide the {devices} devices that there are")
+    devices, named = jax.device_count(), _axes(spec)
+    shares = [size for size in range(1, devices + 1) if devices % size == 0]
+    if "tensor" in named:
+        tensor = named["tensor"]
+    elif "data" in named:
+        tensor = devices // named["data"]
+    else:
+        possible = [size for size in shares if _divides(config, size)]
+        fits = [size for size in possible if batch_size % (devices // size) == 0 and _has_room(config, size)]
+        tensor = min(fits, default=max(possible))
+    data = named.get("data", devices // tensor)
+    if data * tensor != devices:
+        raise ValueError(f"--mesh {spec} is not of the {devices} devices that there are")
     sharding.check_divides(config, 1, tensor)
     if devices == 1:
         return None
-    groups = devices // tensor
-    if batch_size % groups and jax.process_index() == 0:
+    if batch_size % data and jax.process_index() == 0:
         print(
-            f"--batch-size {batch_size} does not divide among {groups} groups of devices: each computes every row; a "
-            f"multiple of {groups} would share them",
+            f"--batch-size {batch_size} does not divide among {data} groups of devices: each computes every row; a "
+            f"multiple of {data} would share them",
             flush=True,
         )
-    return sharding.mesh(groups, 1, tensor)
+    return sharding.mesh(data, 1, tensor)
+
+
+def _axes(spec: str) -> dict[str, int]:
+    """The sizes that `--mesh` names."""
+    if spec == "auto":
+        return {}
+    named = {}
+    for item in spec.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in ("data", "tensor") or name in named or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"--mesh {spec}: {item.strip()!r} is neither data=N nor tensor=N (such as data=2,tensor=2)"
+            )
+        named[name] = int(size)
+    return named
+
+
+def _has_room(config: Any, tensor: int) -> bool:
+    """Whether a device has memory for its share of 16-bit weights and as much again; True where its size is not known."""
+    import jax
+
+    import recyc_jax as rj
+
+    size = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if size is None:
+        return True
+    shapes = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0)))
+    weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return 2 * weights <= size * tensor
 
 
 def _divides(config: Any, tensor: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -24,11 +25,12 @@ def filled(
     seed: int = 0,
 ) -> Any:
     """A prefilled state of `length - steps` tokens per row with random keys, values and prompt statistics, and room for
-    `steps` more tokens."""
+    `steps` more tokens; in shards if a mesh is set."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
+    from recyc_jax import sharding
     from recyc_jax.prefilling import columns, read_prompts
 
     tokens, lengths = np.zeros((batch, max(1, length - steps)), np.int32), np.zeros(batch, np.int32)
@@ -37,28 +39,38 @@ def filled(
         return read_prompts(params, tokens, lengths, model, columns(steps) + 1, policy.needs, implementation)
 
     made = jax.eval_shape(shapes, params, tokens, lengths)
-    state = random_like(made, seed, 1.0)
+
+    def letters(leaf: Any) -> str:
+        by_head = leaf.ndim > 2 and leaf.shape[1] == model.num_key_value_heads
+        return "BK" if by_head else "B" if leaf.ndim and leaf.shape[0] == batch else ""
+
+    state = random_like(made, seed, 1.0, jax.tree.map(lambda leaf: sharding.place_of(letters(leaf), batch), made))
     filled = dataclasses.replace(state.cache, length=jnp.asarray(state.prompt_slots, jnp.int32))
     row_lengths = jnp.full(batch, tokens.shape[1] + steps, jnp.int32)
     return dataclasses.replace(state, cache=filled, row_lengths=row_lengths, room=steps)
 
 
-def random_like(shapes: Any, seed: int, scale: float) -> Any:
+def random_like(shapes: Any, seed: int, scale: float, places: Any = None) -> Any:
     """Random arrays of these shapes: normal with standard deviation `scale` for floating-point leaves, zeros for the
-    others. Each shape is compiled separately, because one program for all leaves of a model takes long to compile."""
+    others; `places` has a sharding for each leaf (None: on one device). Each shape is compiled separately, because one
+    program for all leaves of a model takes long to compile."""
     import jax
     import jax.numpy as jnp
 
-    normal = jax.jit(lambda key, shape, dtype: scale * jax.random.normal(key, shape, dtype), static_argnums=(1, 2))
-    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
+    @functools.cache
+    def normal(shape: tuple[int, ...], dtype: Any, place: Any) -> Callable[[Any], Any]:
+        return jax.jit(lambda key: scale * jax.random.normal(key, shape, dtype), out_shardings=place)
 
-    def fill(leaf: Any) -> jax.Array:
-        key = next(keys)
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def fill(leaf: Any, key: Any, place: Any) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return normal(key, leaf.shape, leaf.dtype)
-        return jnp.zeros(leaf.shape, leaf.dtype)
+            return normal(leaf.shape, leaf.dtype, place)(key)
+        return jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), place)
 
-    return jax.tree.map(fill, shapes)
+    where = [None] * len(leaves) if places is None else tree.flatten_up_to(places)
+    return tree.unflatten([fill(*its) for its in zip(leaves, keys, where, strict=True)])
 
 
 def copy_bandwidth() -> float:

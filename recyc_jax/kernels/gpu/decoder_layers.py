@@ -8,16 +8,19 @@ them: those need all of a product before they can begin."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from recyc_jax import sharding
+from recyc_jax.cache import LayerCache
 from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.kernels.gpu import normed, products
@@ -28,14 +31,34 @@ from recyc_jax.rope import Positions
 
 
 def applies(config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> bool:
-    """Whether the kernels take that many rows of `width` tokens of this model. Not over a mesh, over which only XLA can
-    split products; and not in float16, where x times a norm's scale can overflow before it is divided by its root mean
-    square."""
-    if products.head_columns(config) is None:
+    """Whether the kernels take that many rows of `width` tokens of this model. Not in float16, where x times a norm's
+    scale can overflow before it is divided by its root mean square; and over a mesh not where devices that share a row's
+    heads would have to norm all of them together."""
+    split = sharding.split_of(rows)
+    if split.tensor > 1 and config.qk_norm == "projection":
+        _say_once("norms over all heads are not split over devices: a decode step runs the model's own layers")
+        return False
+    local = _on_device(config, split.tensor)
+    if local is None:
+        _say_once(
+            f"heads or features do not divide among {split.tensor} devices: a decode step runs the model's own layers"
+        )
+        return False
+    if products.head_columns(local) is None:
         _say_once(f"head_dim={config.head_dim} is no multiple of 16: a decode step runs the model's own layers")
         return False
     most = products.MOST_ROWS if width == 1 else products.MOST_BLOCK_ROWS
-    return rows * width <= most and jnp.dtype(dtype) != jnp.float16 and sharding.unsplit()
+    return split.rows * width <= most and jnp.dtype(dtype) != jnp.float16
+
+
+def _on_device(config: LlamaConfig, tensor: int) -> LlamaConfig | None:
+    """The shape of what one of `tensor` devices computes; None if heads or features do not divide."""
+    sizes = {
+        name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    }
+    if any(size % tensor for size in sizes.values()):
+        return None
+    return dataclasses.replace(config, **{name: size // tensor for name, size in sizes.items()})
 
 
 @functools.cache
@@ -51,56 +74,124 @@ def run(
     attend: CachedAttention,
     states: Sequence[Any],
 ) -> tuple[Array, tuple[Any, ...]]:
-    """All decoder layers, as `model.DecoderLayers`: `model.DecoderLayer` again, from its parameters."""
+    """All decoder layers, as `model.DecoderLayers`: `model.DecoderLayer` again, from its parameters. Over a mesh a layer is
+    two functions of each device's rows and heads (`_to_heads`, `_after_attention`), with attention between them; the
+    second adds up what devices that share rows have made, once for attention and once for the feed-forward."""
     layers = [params[f"layers_{layer}"] for layer in range(config.num_hidden_layers)]
-    eps = config.rms_norm_eps
+    local = _on_device(config, sharding.split_of(x.shape[0]).tensor)
+    assert local is not None  # `applies` has seen it
+    made = _Factors(config, x.dtype)
+    stream = products.begin(x, made.of(layers[0], "attention_norm"))
+    states_after = []
+    for number, (layer, (cached, state)) in enumerate(zip(layers, states, strict=True)):
+        positions, slot = by_layer[number], cached.place(attend.slot)
+        heads, written = _to_heads(local, stream, layer["attention"], made, positions, cached, slot)
+        if x.shape[1] > 1:  # several tokens a row, which `attend` writes
+            out, (cached, state) = attend(number, heads, (cached, state))
+        else:
+            cached = attend.with_ended_rows(cached, written)
+            out, state = attend.read_written(number, heads, cached, state)
+        states_after.append((cached, state))
+        is_last = number + 1 == config.num_hidden_layers
+        following = None if is_last else made.of(layers[number + 1], "attention_norm")
+        stream = _after_attention(config, out, stream, layer, made, following)
+    return stream.x, tuple(states_after)
 
-    def factors(norms: Any, name: str) -> Array | None:
-        """What a norm multiplies by; None for a norm that the model does not have."""
+
+class _Factors(NamedTuple):
+    """Finds what norms multiply by."""
+
+    config: LlamaConfig
+    dtype: Any
+
+    def of(self, norms: Any, name: str) -> Array | None:
+        """None for a norm that the model does not have."""
         if name not in norms:
             return None
         scale = norms[name]["scale"]
-        return scale.astype(x.dtype) if config.norm_scale == "rounded" else norm_factors(scale, config.norm_scale)
+        if self.config.norm_scale == "rounded":
+            return scale.astype(self.dtype)
+        return norm_factors(scale, self.config.norm_scale)
 
-    def added(out: Array, linear: Linear, stream: Stream, norms: Any, after: str, following: Array | None) -> Stream:
-        """The stream with a projection added, which is normed first where the model has the norm `after`."""
-        its_factors = factors(norms, after)
-        if its_factors is None:
-            return products.added(out, linear, stream, following)
-        return normed.added_normed(out, linear, stream, Norm(its_factors, eps), following)
 
-    stream = products.begin(x, factors(layers[0], "attention_norm"))
-    states_after = []
-    for number, (layer, (cached, state)) in enumerate(zip(layers, states, strict=True)):
-        attention, mlp = layer["attention"], layer["mlp"]
-        to_heads = [_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
-        slot, rotation = cached.place(attend.slot), by_layer[number].rotation
-        # the new keys and values are written into the cache by the kernel that computes them
-        q_factors, k_factors = factors(attention, "q_norm"), factors(attention, "k_norm")
-        norms = None if q_factors is None or k_factors is None else [Norm(q_factors, eps), Norm(k_factors, eps)]
-        if x.shape[1] > 1:  # several tokens a row, which `attend` writes
-            raw = products.projected(stream, to_heads, eps)
-            heads = _heads(config, [one.reshape(*x.shape[:2], -1) for one in raw], norms, by_layer[number])
-            out, (cached, state) = attend(number, heads, (cached, state))
+def _to_heads(
+    config: LlamaConfig,
+    stream: Stream,
+    attention: Any,
+    made: _Factors,
+    positions: Positions,
+    cached: LayerCache,
+    slot: Array,
+) -> tuple[Heads, LayerCache]:
+    """The heads of the normed stream; and where rows have one token each the cache with its key and value, which the
+    kernel that computes them writes. `config` is the shape on one device."""
+    eps, rows = config.rms_norm_eps, stream.x.shape[0]
+    linears = tuple(_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
+    factors = tuple(made.of(attention, name) for name in ("q_norm", "k_norm"))
+    multiplier = positions.query_multiplier
+
+    def on_device(
+        stream: Stream, linears: Any, factors: Any, rotation: Any, by: Any, cached: LayerCache, slot: Array
+    ) -> tuple[Heads, LayerCache]:
+        norms = None if factors[0] is None else [Norm(one, eps) for one in factors]
+        if stream.x.shape[1] > 1:
+            raw = products.projected(stream, linears, eps)
+            its = positions._replace(rotation=rotation, query_multiplier=multiplier if by is None else by)
+            return _heads(config, [one.reshape(*stream.x.shape[:2], -1) for one in raw], norms, its), cached
+        if products.finishes_heads(config) or rotation is None:
+            raw = products.projected(stream, linears, eps)
+            its = positions._replace(rotation=rotation, query_multiplier=multiplier if by is None else by)
+            made_heads = normed.finished_heads(raw, norms, its, cached, slot)
         else:
-            if products.finishes_heads(config) or rotation is None:
-                raw = products.projected(stream, to_heads, eps)
-                made = normed.finished_heads(raw, norms, by_layer[number], cached, slot)
-            else:
-                made = products.to_heads(stream, to_heads, *rotation, cached, slot, eps, norms)
-            q, q_before_rope, k, v, written = made
-            cached = attend.with_ended_rows(cached, written)
-            out, state = attend.read_written(number, Heads(q, k, v, q_before_rope), cached, state)
-        states_after.append((cached, state))
-        out, mlp_norm = out.reshape(*x.shape[:2], -1), factors(layer, "mlp_norm")
-        stream = added(out, _linear(attention, "o_proj"), stream, layer, "attention_out_norm", mlp_norm)
-        hidden = products.gated(
-            stream, _linear(mlp, "gate_proj"), _linear(mlp, "up_proj"), eps, activation=config.activation
-        )
-        is_last = number + 1 == config.num_hidden_layers
-        following = None if is_last else factors(layers[number + 1], "attention_norm")
-        stream = added(hidden, _linear(mlp, "down_proj"), stream, layer, "mlp_out_norm", following)
-    return stream.x, tuple(states_after)
+            cos, sin = rotation
+            made_heads = products.to_heads(stream, linears, cos, sin, cached, slot, eps, norms)
+        q, q_before_rope, k, v, cached = made_heads
+        return Heads(q, k, v, q_before_rope), cached
+
+    by = multiplier if isinstance(multiplier, jax.Array) else None
+    inputs = ("B", (Linear("-K", "K"),) * 3, "-", "B", "B", "BK--", "B" if slot.ndim else "")
+    outputs = ("B-K-", "BK--")
+    local = sharding.split_kernel(on_device, rows, inputs, outputs)
+    return local(stream, linears, factors, positions.rotation, by, cached, slot)
+
+
+def _after_attention(
+    config: LlamaConfig,
+    out: Float[Array, "B T N H"],
+    stream: Stream,
+    layer: Any,
+    made: _Factors,
+    following: Array | None,
+) -> Stream:
+    """The stream after attention's output has been projected and added, and the feed-forward too; `following` are the
+    factors of the next layer's norm."""
+    eps, tensor = config.rms_norm_eps, sharding.split_of(stream.x.shape[0]).tensor
+    mlp = layer["mlp"]
+
+    def added(x: Array, linear: Linear, stream: Stream, after: Array | None, following: Array | None) -> Stream:
+        """The stream with a projection added, which is normed first where the model has a norm after it."""
+        if tensor == 1:
+            if after is None:
+                return products.added(x, linear, stream, following)
+            return normed.added_normed(x, linear, stream, Norm(after, eps), following)
+        (part,) = products.projected(Stream(x), [linear], eps, jnp.float32)
+        whole = lax.psum(part.reshape(stream.x.shape), sharding.TENSOR)
+        if after is not None:
+            whole = whole * lax.rsqrt(jnp.mean(whole**2, axis=-1, keepdims=True) + eps)
+            whole = times_normed(whole, after, x.dtype).astype(jnp.float32)
+        return products.begin((stream.x.astype(jnp.float32) + whole).astype(x.dtype), following)
+
+    def on_device(out: Array, stream: Stream, linears: Any, factors: Any) -> Stream:
+        (o_proj, gate, up, down), (out_norm, mlp_norm, mlp_out_norm, following) = linears, factors
+        stream = added(out.reshape(*out.shape[:2], -1), o_proj, stream, out_norm, mlp_norm)
+        hidden = products.gated(stream, gate, up, eps, activation=config.activation)
+        return added(hidden, down, stream, mlp_out_norm, following)
+
+    linears = _linear(layer["attention"], "o_proj"), *(_linear(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
+    factors = (*(made.of(layer, name) for name in ("attention_out_norm", "mlp_norm", "mlp_out_norm")), following)
+    by_row, by_column = Linear("K-", "-"), Linear("-K", "K")
+    inputs = ("B-K-", "B", (by_row, by_column, by_column, by_row), "-")
+    return sharding.split_kernel(on_device, stream.x.shape[0], inputs, "B")(out, stream, linears, factors)
 
 
 def _heads(config: LlamaConfig, flat: Sequence[Array], norms: Sequence[Norm] | None, positions: Positions) -> Heads:

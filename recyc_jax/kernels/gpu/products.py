@@ -44,10 +44,10 @@ X_BYTES = 2**14
 
 
 class Linear(NamedTuple):
-    """The parameters of a projection."""
+    """The parameters of a projection, or what each is split by (`sharding.split_kernel`)."""
 
-    kernel: Array  # [D, F]
-    bias: Array | None = None  # [F]
+    kernel: Any  # [D, F]
+    bias: Any = None  # [F], or None
 
 
 class _Tile(NamedTuple):
@@ -163,11 +163,12 @@ def written(stored: Float[Array, "B K S H"], slot: Int[Array, ""] | Int[Array, "
     return jnp.take_along_axis(stored, slot[:, None, None, None], axis=2).swapaxes(1, 2)
 
 
-def projected(stream: Stream, linears: Sequence[Linear], eps: float) -> list[Array]:
-    """Several projections [B, F] of the normed stream (of x itself, if no norm comes before them)."""
+def projected(stream: Stream, linears: Sequence[Linear], eps: float, dtype: Any = None) -> list[Array]:
+    """Several projections [B, F] of the normed stream (of x itself, if no norm comes before them), in x's dtype or
+    another."""
     rows, widths = math.prod(stream.x.shape[:-1]), [linear.kernel.shape[1] for linear in linears]
     columns = math.gcd(_columns(ADDED, sum(widths)), *widths)
-    shapes = [jax.ShapeDtypeStruct((rows + spare(), width), stream.x.dtype) for width in widths]
+    shapes = [jax.ShapeDtypeStruct((rows + spare(), width), dtype or stream.x.dtype) for width in widths]
     options = {"columns": columns, "eps": eps}
     outputs = _call(
         "projections", _projected, stream, [], list(linears), shapes, sum(widths) // columns, ADDED, **options

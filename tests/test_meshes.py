@@ -1,0 +1,71 @@
+"""Generation over meshes of 8 devices, which are simulated on a CPU, is that of one device, under every policy."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import environment
+
+SAME = """
+import re, sys
+import jax, numpy as np
+import recyc_jax as rj
+from recyc_jax import sharding
+from recyc_jax.kernels.gpu import triton_call
+
+data, tensor, implementation = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+triton_call.INTERPRET = True
+jax.config.update("jax_default_matmul_precision", "highest")
+config = rj.LlamaConfig.tiny(
+    num_hidden_layers=2, head_dim=16, num_attention_heads=16, num_key_value_heads=8, vocab_size=128, **eval(sys.argv[4])
+)
+params = jax.tree.map(lambda leaf: 3 * leaf, rj.init_params(config, jax.random.key(0)))
+rng = np.random.default_rng(0)
+prompts = [rng.integers(3, 128, 20 + 3 * row).tolist() for row in range(8)]
+options = dict(max_new_tokens=9, eos_ids=(), implementation=implementation)
+
+def made(params, policy):
+    return rj.generate(params, config, prompts, policy=policy, **options)
+
+alone = [made(params, policy) for policy in sys.argv[5:]]
+with jax.set_mesh(sharding.mesh(data, 1, tensor)) as mesh:
+    params = jax.device_put(params, sharding.shardings(params, jax.sharding.get_mesh()))
+    state = rj.prefill(params, config, prompts, max_new_tokens=9, implementation=implementation)
+    held = state.cache.layers[0].stored_keys
+    assert held.addressable_shards[0].data.shape[:2] == (8 // data, 8 // tensor), held.sharding
+    for one, policy in zip(alone, sys.argv[5:]):
+        other = made(params, policy)
+        for name in one._fields:
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=f"{policy} {name}")
+"""
+POLICIES = (
+    *("full", "recycled:budget=8,stride=4", "recycled:budget=8,check_every=3,threshold=0.5"),
+    *("lookahead:budget=8,stride=4", "streaming_llm:budget=8", "h2o:budget=8", "snapkv:budget=8"),
+    *("quest:budget=8,page=4,dense_layers=0", "top_k:budget=8", "lookahead:budget=8,draft=3,adapt=false"),
+)
+QWEN_3 = "dict(qk_norm='head')"
+GEMMA = "dict(norms='both', norm_scale='one_plus', qk_norm='head', activation='gelu_tanh', tie_word_embeddings=True)"
+
+
+@pytest.mark.parametrize(
+    ("data", "tensor", "implementation", "family", "policies"),
+    [
+        (2, 4, "reference", "{}", POLICIES),
+        (2, 4, "pallas_gpu", "{}", ("full", "recycled:budget=8,stride=4", "lookahead:budget=8,draft=3,adapt=false")),
+        (1, 8, "pallas_gpu", QWEN_3, ("recycled:budget=8,stride=4",)),
+        (4, 2, "pallas_gpu", GEMMA, ("lookahead:budget=8,stride=4",)),
+        pytest.param(8, 1, "reference", "{}", POLICIES, marks=pytest.mark.slow),
+        pytest.param(1, 8, "reference", "{}", POLICIES, marks=pytest.mark.slow),
+        pytest.param(8, 1, "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
+        pytest.param(1, 8, "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_changes_nothing(data, tensor, implementation, family, policies):
+    ran = subprocess.run(
+        [sys.executable, "-c", SAME, str(data), str(tensor), implementation, family, *policies],
+        env=environment("--xla_force_host_platform_device_count=8"),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
