@@ -6,7 +6,7 @@ lax.while_loop, until all rows have their tokens or have ended; each round is on
     before drafts from an old kept set: one such step, which makes a new one
     drafts, verified:
         lax.while_loop of draft steps: partial attention to the kept set, as in `generation_loop.py`; until another draft
-            would cost more time than the tokens that it may give
+            would cost more time than it may give (`pacing.py`)
         one pass of full attention over the pending token and the drafts, which overwrites their keys and values and
             scores the cache by its first query, which is never rejected: the kept set of the next draft
         row by row, the drafts that full attention would have chosen, and the token after them
@@ -26,12 +26,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
-from recyc_jax import model
+from recyc_jax import model, pacing
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.cache import KVCache, LayerCache, Leaf, visible
 from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
 from recyc_jax.model import Heads, Params
+from recyc_jax.pacing import Pace
 from recyc_jax.policies.base import Caches, Step
 from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.recycled_parts import Noted
@@ -40,38 +41,6 @@ from recyc_jax.sampling import Chain, Greedy, Sample, independent
 
 DRAFTED, KEPT, REDRAWN = 1, 2, 3
 """What a row's key is folded with for the draws of one token."""
-MEMORY = 0.9
-"""What a round of drafts keeps of what was known of the rounds before it."""
-FIRST = 1.5
-"""The gain (`Pace`) that an answer begins with."""
-PROBE = 16
-"""Steps without drafts after which drafts are tried; twice as many after each trial."""
-TRIAL = 1.1
-"""The gain that such a trial begins with: few bad rounds end it."""
-LIKELY = 0.95
-"""The share of drafts that can be hoped to be kept. Where not even that would pay, none are made."""
-RUN = 4
-"""Full steps that are taken at a time where drafts do not pay: a decision after each would keep a GPU waiting."""
-PASS_COST = 1.25
-"""What a pass over a block costs, in full steps: on an H100 1.2 to 1.3 (docs/results/lossless.md)."""
-OVERHEAD = 2**27
-"""Bytes that could be read in the time that a layer takes beside reading: 33 us on an H200, as measured for 8B and 0.5B
-shapes (docs/results/lossless.md)."""
-BEYOND_KERNELS = 1.5
-"""That time in a pass over more tokens than the kernels of few rows take: so much more."""
-STEPS, REFRESH, DRAFTS = range(3)
-"""The kinds of a round."""
-
-
-@flax.struct.dataclass
-class Pace:
-    """By what the next round is chosen."""
-
-    gain: Leaf  # float32 [B]: in the rounds with drafts lately, tokens of a row per time of a full step
-    rate: Leaf  # float32 []: the share of their drafts that were kept where the ones before them were
-    waited: Leaf  # int32 []: steps since the last draft
-    patience: Leaf  # int32 []: such steps before drafts are tried
-    stale: Leaf  # bool []: the kept sets are not of the last round
 
 
 @flax.struct.dataclass
@@ -126,11 +95,6 @@ def check(config: LlamaConfig, chained: Chain, attention: Implementation) -> Non
         )
 
 
-def widths(policy: Lossless) -> tuple[int, ...]:
-    """The drafts that a pass has room for: it takes the least that its drafts need."""
-    return tuple(sorted({max(1, policy.draft_length // 2), policy.draft_length}))
-
-
 def begin(
     attention: Implementation, policy: Lossless, state: Prefilled, output: Any, of_chain: Any, recent: Array
 ) -> LosslessState:
@@ -140,13 +104,11 @@ def begin(
     counts = dict(output=output, passes=zeros, drafted=zeros, accepted=zeros, made=zeros)
     if before is None:
         caches = Caches(cache.full_layers, cache.visible, cache.length, policy.most_steps)
-        gain, likely = jnp.full(rows, FIRST, jnp.float32), jnp.asarray(LIKELY, jnp.float32)
-        pace = Pace(gain, likely, jnp.zeros((), jnp.int32), jnp.asarray(PROBE, jnp.int32), jnp.zeros((), jnp.bool_))
         return LosslessState(
             layers=cache.layers,
             ends=jnp.broadcast_to(cache.length, (rows,)),
             policy_states=tuple(policy.start(attention, state.stats, caches)),
-            pace=pace,
+            pace=pacing.begin(rows),
             token=zeros,
             lengths=zeros,
             done=zeros > 0,
@@ -188,6 +150,7 @@ class Loop:
         self.params, self.config, self.attention, self.policy = params, config, attention, policy
         self.starts, self.row_lengths = state.cache.starts, state.row_lengths
         self.chained, self.keys, self.ends, self.record, self.limit = chained, keys, ends, record, limit
+        self.pacing = pacing.Pacing(params, config, attention, policy, self.starts)
 
     def run(self, carry: LosslessState, rounds: int | None) -> LosslessState:
         """The carry once every row has `limit` tokens in its answer or has ended; or after so many rounds."""
@@ -216,34 +179,14 @@ class Loop:
         """Full steps, or drafts and the pass over them."""
         if not self.policy.adapt:
             return self._drafting(carry)
-        kind, pace = self._next_kind(carry)
+        left = jnp.where(self.active(carry), self.limit - carry.lengths, 0)
+        kind, pace = self.pacing.next_kind(carry.pace, carry.ends, left)
         branches = [self._steps, lambda carry: self._after_pass(carry, 0, True), self._drafting]
         return lax.switch(kind, branches, dataclasses.replace(carry, pace=pace))
 
-    def _next_kind(self, carry: LosslessState) -> tuple[Array, Pace]:
-        """The kind of the next round, and the pace with what it will have waited."""
-        pace, can_pay = carry.pace, self._can_pay(carry.ends)
-        left = jnp.where(self.active(carry), self.limit - carry.lengths, 0).astype(jnp.float32)
-        # the batch takes as long as its slowest row
-        pays = can_pay & (jnp.max(left / pace.gain) < jnp.max(left))
-        tries = can_pay & ~pays & (pace.waited >= pace.patience)
-        drafts = pays | tries
-        kind = jnp.where(drafts, jnp.where(pace.stale, REFRESH, DRAFTS), STEPS)
-        kind = jnp.where((kind == STEPS) & (jnp.max(left) < self._run), REFRESH, kind)
-        waited = pace.waited + jnp.where(kind == STEPS, self._run, 1)
-        waited = jnp.where(drafts, jnp.where(kind == DRAFTS, 0, pace.waited), waited)
-        begins = tries & (kind == DRAFTS)
-        gain = jnp.where(begins, jnp.maximum(pace.gain, TRIAL), pace.gain)
-        patience = jnp.where(begins, 2 * pace.patience, pace.patience)
-        return kind.astype(jnp.int32), Pace(gain, pace.rate, waited, patience, kind == STEPS)
-
-    @property
-    def _run(self) -> int:
-        return min(RUN, self.policy.draft_length + 1)
-
     def _steps(self, carry: LosslessState) -> LosslessState:
         """Full steps, one after another."""
-        return lax.scan(lambda now, _: (self._after_pass(now, 0, False), None), carry, length=self._run)[0]
+        return lax.scan(lambda now, _: (self._after_pass(now, 0, False), None), carry, length=self.pacing.run)[0]
 
     def _drafting(self, carry: LosslessState) -> LosslessState:
         """Drafts, and the pass over them."""
@@ -257,53 +200,14 @@ class Loop:
 
             return run
 
-        *shorter, longest = widths(self.policy)
+        *shorter, longest = self.pacing.widths
         if shorter and self.policy.adapt:
             carry = lax.cond(count <= shorter[0], passed(shorter[0]), passed(longest), carry)
         else:
             carry = passed(longest)(carry)
-        return dataclasses.replace(
-            carry,
-            drafted=carry.drafted + jnp.where(active, count, 0),
-            pace=self._paced(before, carry, count),
-        )
-
-    def _paced(self, before: LosslessState, after: LosslessState, count: Array) -> Pace:
-        """The pace after a round with `count` drafts, by the rows that it has not ended."""
-        pace, goes_on = after.pace, self.active(before) & self.active(after)
-        share, pass_cost = self._costs(before.ends)
-        tokens = (after.lengths - before.lengths).astype(jnp.float32)
-        gain = tokens / (pass_cost + share * count.astype(jnp.float32))
-        gain = jnp.where(goes_on, MEMORY * pace.gain + (1 - MEMORY) * gain, pace.gain)
-        kept = jnp.where(goes_on, after.accepted - before.accepted, 0)
-        tried = jnp.sum(jnp.where(goes_on, jnp.minimum(kept + 1, count), 0))
-        share_kept = jnp.sum(kept).astype(jnp.float32) / jnp.maximum(tried, 1).astype(jnp.float32)
-        rate = MEMORY * pace.rate + (1 - MEMORY) * share_kept
-        rate = jnp.where(tried > 0, rate, pace.rate)
-        return dataclasses.replace(pace, gain=gain.astype(jnp.float32), rate=rate.astype(jnp.float32))
-
-    def _can_pay(self, ends: Array) -> Array:
-        """Whether drafts of any length gain time if the share `LIKELY` of them is kept."""
-        share, pass_cost = self._costs(ends)
-        count = jnp.arange(1, self.policy.draft_length + 1, dtype=jnp.float32)
-        tokens = (1 - LIKELY ** (count + 1)) / (1 - LIKELY)
-        return jnp.any(tokens > pass_cost + share * count)
-
-    def _costs(self, ends: Array) -> tuple[Array, Array]:
-        """What a draft step and a pass cost, in full steps: by the bytes that each reads, and what layers take beside
-        that."""
-        c, rows, dtype = self.config, self.starts.shape[0], self.params["embedding"].dtype
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
-        token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
-        held = (ends - self.starts).astype(jnp.float32)
-        few = jnp.sum(jnp.minimum(held, self.policy.budget))
-        beside = float(c.num_hidden_layers * OVERHEAD)  # more than 32 bits hold
-        full = weights + beside + token * jnp.sum(held)
-        layers, width = self.attention.decoder_layers, self.policy.draft_length + 1
-        falls_back = layers(c, rows, dtype) is not None and layers(c, rows, dtype, width) is None
-        return (weights + beside + token * few) / full, PASS_COST + (
-            BEYOND_KERNELS * beside if falls_back else 0
-        ) / full
+        tokens, kept = carry.lengths - before.lengths, carry.accepted - before.accepted
+        pace = self.pacing.after(carry.pace, before.ends, count, active & self.active(carry), tokens, kept)
+        return dataclasses.replace(carry, drafted=carry.drafted + jnp.where(active, count, 0), pace=pace)
 
     def _drafted(self, carry: LosslessState) -> tuple[LosslessState, tuple[Array, Any], Array]:
         """The drafts [N, B], for samples the scores [N, B, V] that they were drawn by, and how many of the N were made:
@@ -312,7 +216,7 @@ class Loop:
         as of late."""
         rows, most = carry.token.shape[0], self.policy.draft_length
         active, policy, attention = self.active(carry), self.policy.drafter, self.attention
-        share, pass_cost = self._costs(carry.ends)
+        costs = self.pacing.costs(carry.ends)
         is_greedy = isinstance(self.chained.sampler, Greedy)
         rows_active = jnp.maximum(jnp.sum(active, dtype=jnp.float32), 1)
 
@@ -340,7 +244,7 @@ class Loop:
             drafts = lax.dynamic_update_index_in_dim(drafts, token, number, 0)
             number, next_gives = number + 1, jnp.sum(jnp.where(active, sure, 0)) / rows_active
             gives = gives + next_gives
-            goes_on = next_gives * (pass_cost + share * number.astype(jnp.float32)) > share * gives
+            goes_on = costs.is_worth_another(number, gives, next_gives)
             return number, layers, token, self.chained.update(of_chain, token), drafts, all_scores, sure, gives, goes_on
 
         def another(now: tuple[Any, ...]) -> Array:

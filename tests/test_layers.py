@@ -43,6 +43,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "policies.lossless",
     "policies.registry state_files",
     "prefilling",
+    "pacing",
     "generation_loop lossless",
     "generation_checks",
     "generation",

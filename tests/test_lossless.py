@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from policy_strings import NEW, RAGGED, same
 
 import recyc_jax as rj
-from recyc_jax import implementations, lossless
+from recyc_jax import implementations, pacing
 from recyc_jax.kernels.gpu import triton_call
 from recyc_jax.shapes import SHAPES
 
@@ -53,8 +53,8 @@ def test_an_exact_drafter_is_always_kept(params, config):
 
 
 def costs_of(share, pass_cost=1.1):
-    """In the place of `Loop._costs`."""
-    return lambda self, ends: (jnp.asarray(share, jnp.float32), jnp.asarray(pass_cost, jnp.float32))
+    """In the place of `Pacing.costs`."""
+    return lambda self, ends: pacing.Costs(jnp.asarray(share, jnp.float32), jnp.asarray(pass_cost, jnp.float32))
 
 
 FAMILIES = {
@@ -90,7 +90,7 @@ def test_any_shapes(family, adapt, lengths, budget, draft, ahead, count, seed):
     policy += "" if adapt else ",adapt=false"
     options = dict(max_new_tokens=count, eos_ids=())
     want = rj.generate(params, config, prompts, policy="full", **options)
-    with mock.patch.object(lossless.Loop, "_costs", costs_of(0.15)):  # otherwise drafts for a tiny model never pay
+    with mock.patch.object(pacing.Pacing, "costs", costs_of(0.15)):  # otherwise drafts for a tiny model never pay
         out = rj.generate(params, config, prompts, policy=policy, **options)
     np.testing.assert_array_equal(out.tokens, want.tokens)
 
@@ -146,7 +146,7 @@ def test_samples_are_distributed_as_full_attentions(sampler, adapt, monkeypatch)
     params = jax.tree.map(lambda leaf: 4 * leaf, rj.init_params(config, jax.random.key(3)))
     prompt, rows = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], 4000
     policy = f"recycled:budget=3,pool=1,draft=3,adapt={adapt}"
-    monkeypatch.setattr(lossless.Loop, "_costs", costs_of(0.15))
+    monkeypatch.setattr(pacing.Pacing, "costs", costs_of(0.15))
     out = rj.generate(
         params,
         config,
@@ -183,8 +183,8 @@ def test_no_drafts_where_they_do_not_pay(params, config, monkeypatch):
     want = rj.generate(params, config, RAGGED, policy="full", max_new_tokens=40, eos_ids=())
 
     def drafted(text, share, probe):
-        monkeypatch.setattr(lossless.Loop, "_costs", costs_of(share))
-        monkeypatch.setattr(lossless, "PROBE", probe)
+        monkeypatch.setattr(pacing.Pacing, "costs", costs_of(share))
+        monkeypatch.setattr(pacing, "PROBE", probe)
         out = rj.generate(params, config, RAGGED, policy=text, max_new_tokens=40, eos_ids=())
         np.testing.assert_array_equal(out.tokens, want.tokens)
         return int(np.max(out.drafted))
@@ -195,63 +195,52 @@ def test_no_drafts_where_they_do_not_pay(params, config, monkeypatch):
     assert drafted("recycled:budget=9,pool=1,draft=4", 0.02, 8) > tried
 
 
-def a_loop(text, share, rows=1):
-    """A loop of rows that are never done."""
-    loop = object.__new__(lossless.Loop)
-    loop.policy, loop._costs = rj.parse_policy(text), functools.partial(costs_of(share), loop)
-    loop.active, loop.limit = lambda carry: jnp.ones(rows, bool), jnp.full(rows, 10_000)
-    return loop
+def a_pacing(text, share, rows=1):
+    plain = implementations.resolve("reference")
+    made = pacing.Pacing(None, rj.LlamaConfig.tiny(), plain, rj.parse_policy(text), jnp.zeros(rows, int))
+    made.costs = functools.partial(costs_of(share), made)
+    return made
 
 
 def a_pace(gain):
-    gain, rate = jnp.asarray(gain, jnp.float32), jnp.asarray(0.9, jnp.float32)
-    return lossless.Pace(gain, rate, jnp.asarray(0), jnp.asarray(lossless.PROBE), jnp.asarray(False))
-
-
-def at_pace(pace):
-    """A carry of which the choice of a round reads little else."""
-    none = {field.name: None for field in dataclasses.fields(lossless.LosslessState)}
-    rows = pace.gain.shape[0]
-    here = dict(layers=(), policy_states=(), pace=pace, ends=jnp.zeros(rows), lengths=jnp.zeros(rows, jnp.int32))
-    return lossless.LosslessState(**none | here)
+    return dataclasses.replace(pacing.begin(len(gain)), gain=jnp.asarray(gain, jnp.float32))
 
 
 def test_drafts_come_back():
     """After a time without drafts, a trial that gains makes others follow, and one that does not ends it."""
-    loop = a_loop("recycled:budget=8,draft=8", 0.4)
-    next_kind = jax.jit(loop._next_kind)
+    made = a_pacing("recycled:budget=8,draft=8", 0.4)
+    ends, plenty = jnp.zeros(1, int), jnp.full(1, 10_000)
+    next_kind = jax.jit(lambda pace: made.next_kind(pace, ends, plenty))
 
     def kinds(gain, its_gain, rounds):
         pace, found = a_pace(gain), []
         for _ in range(rounds):
-            kind, pace = next_kind(at_pace(pace))
+            kind, pace = next_kind(pace)
             found.append(int(kind))
-            if kind == lossless.DRAFTS:
-                blended = lossless.MEMORY * pace.gain + (1 - lossless.MEMORY) * its_gain
+            if kind == pacing.DRAFTS:
+                blended = pacing.MEMORY * pace.gain + (1 - pacing.MEMORY) * its_gain
                 pace = dataclasses.replace(pace, gain=blended)
         return found
 
-    steps, refresh, drafts = lossless.STEPS, lossless.REFRESH, lossless.DRAFTS
+    steps, refresh, drafts = pacing.STEPS, pacing.REFRESH, pacing.DRAFTS
     assert kinds([1.5], 1.5, 5) == [drafts] * 5
-    runs = lossless.PROBE // lossless.RUN
+    runs = pacing.PROBE // pacing.RUN
     trial = [refresh] + [drafts] * 2
     assert kinds([0.5], 0.3, 3 * runs + 8) == [*[steps] * runs, *trial, *[steps] * 2 * runs, *trial, *[steps] * 2]
     assert kinds([0.5], 1.4, runs + 9) == [steps] * runs + [refresh] + [drafts] * 8
     # the last tokens of an answer are not worth a run of steps
-    loop.limit = jnp.full(1, lossless.RUN - 1)
-    assert int(loop._next_kind(at_pace(a_pace([0.0])))[0]) == refresh
+    assert int(made.next_kind(a_pace([0.1]), ends, jnp.full(1, pacing.RUN - 1))[0]) == refresh
 
 
 def test_drafts_pay_if_the_slowest_row_is_done_sooner():
-    loop = a_loop("recycled:budget=8,draft=8", 0.4, rows=2)
+    made = a_pacing("recycled:budget=8,draft=8", 0.4, rows=2)
 
     def kind(gain, left):
-        loop.limit = jnp.asarray(left)
-        return int(loop._next_kind(at_pace(a_pace(gain)))[0])
+        return int(made.next_kind(a_pace(gain), jnp.zeros(2, int), jnp.asarray(left))[0])
 
-    assert kind([3.0, 0.9], [100, 100]) == lossless.STEPS
-    assert kind([3.0, 0.9], [100, 50]) == lossless.DRAFTS
-    assert kind([3.0, 1.1], [100, 100]) == lossless.DRAFTS
+    assert kind([3.0, 0.9], [100, 100]) == pacing.STEPS
+    assert kind([3.0, 0.9], [100, 50]) == pacing.DRAFTS
+    assert kind([3.0, 1.1], [100, 100]) == pacing.DRAFTS
 
 
 def test_costs_are_what_was_measured():
@@ -262,15 +251,11 @@ def test_costs_are_what_was_measured():
         ("qwen2.5-0.5b", 16, 30_720, 0.35, 0.6, 1.7),
         ("qwen2.5-0.5b", 1, 30_720, 0.85, 0.95, 1.25),
     ):
-        config, loop = SHAPES[name], object.__new__(lossless.Loop)
-        loop.config, loop.policy, loop.starts = (
-            config,
-            rj.parse_policy("recycled:budget=1024,draft=8"),
-            jnp.zeros(rows, int),
-        )
-        loop.attention = implementations.resolve("pallas_gpu")
-        loop.params = jax.eval_shape(lambda config=config: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
-        share, pass_cost = loop._costs(jnp.full(rows, held))
+        config = SHAPES[name]
+        policy, gpu = rj.parse_policy("recycled:budget=1024,draft=8"), implementations.resolve("pallas_gpu")
+        params = jax.eval_shape(lambda config=config: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
+        made = pacing.Pacing(params, config, gpu, policy, jnp.zeros(rows, int))
+        share, pass_cost = made.costs(jnp.full(rows, held))
         assert low < float(share) < high
         assert abs(float(pass_cost) - passes) < 0.1
 

@@ -105,7 +105,7 @@ def _estimate(config: Config, shape: LlamaConfig, policies: list[Lossless]) -> N
     import recyc_jax as rj
     from eval.speed import roofline
     from eval.tables import print_table
-    from recyc_jax.lossless import PASS_COST
+    from recyc_jax.pacing import PASS_COST
 
     device, body = roofline.DEVICES[config.device], []
     for policy in policies:
