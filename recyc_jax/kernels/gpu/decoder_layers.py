@@ -134,13 +134,12 @@ def _to_heads(
         stream: Stream, linears: Any, factors: Any, rotation: Any, by: Any, cached: LayerCache, slot: Array
     ) -> tuple[Heads, LayerCache]:
         norms = None if factors[0] is None else [Norm(one, eps) for one in factors]
+        its = Positions(rotation, multiplier if by is None else by)
         if stream.x.shape[1] > 1:
             raw = products.projected(stream, linears, eps)
-            its = positions._replace(rotation=rotation, query_multiplier=multiplier if by is None else by)
             return _heads(config, [one.reshape(*stream.x.shape[:2], -1) for one in raw], norms, its), cached
         if products.finishes_heads(config) or rotation is None:
             raw = products.projected(stream, linears, eps)
-            its = positions._replace(rotation=rotation, query_multiplier=multiplier if by is None else by)
             made_heads = normed.finished_heads(raw, norms, its, cached, slot)
         else:
             cos, sin = rotation
