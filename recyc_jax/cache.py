@@ -65,6 +65,11 @@ class LayerCache:
         """S, the number of slots (R, that of places, in a ring)."""
         return self.stored_keys.shape[3 if self.slots_last else 2]
 
+    @property
+    def letters(self) -> str:
+        """The dimensions of both arrays, for `sharding.by_letters`: a ring is not split."""
+        return _letters(self.slots_last, self.window)
+
     def place(self, slot: Int[Array, "..."]) -> Int[Array, "..."]:
         """Where a slot lies in the arrays."""
         return slot if self.window is None else slot % self.capacity
@@ -87,6 +92,11 @@ class LayerCache:
     ) -> LayerCache:
         """The cache with T tokens written from `slot`, or each row's slot, on; T = 1 in a ring. Slots that are not new stay
         as they are."""
+        if self.window is None and sharding.slot_shares() > 1 and not sharding.unsplit():
+            is_new = jnp.ones(k.shape[:2], jnp.bool_) if is_new is None else is_new
+            inputs = self.letters, "B-K-", "B-K-", "B" if slot.ndim else "", "B-"
+            local = sharding.split_kernel(LayerCache._append_to_part, k.shape[0], inputs, self.letters)
+            return local(self, k, v, slot, is_new)
         if slot.ndim == 1:
             return self._append_by_row(k, v, slot)
         zero, slot = jnp.zeros((), jnp.int32), self.place(slot)
@@ -105,6 +115,31 @@ class LayerCache:
         return dataclasses.replace(
             self, stored_keys=written(self.stored_keys, k), stored_values=written(self.stored_values, v)
         )
+
+    def _append_to_part(self, k: Array, v: Array, slot: Array, is_new: Array) -> LayerCache:
+        """`append` on a device that has a part of the slots: a window of slots around those that are its own, of as many
+        as there are tokens, is read and written again, with the tokens in it."""
+        assert not self.slots_last
+        width, slot = min(k.shape[1], self.capacity), slot - sharding.first_slot(self.capacity)
+        begin = jnp.clip(slot, 0, self.capacity - width)
+        number = (begin - slot)[..., None] + jnp.arange(
+            width, dtype=jnp.int32
+        )  # of the token in each slot, [B or none, W]
+        number = jnp.broadcast_to(number, (k.shape[0], width))
+        token = jnp.clip(number, 0, k.shape[1] - 1)
+        is_here = (number == token) & jnp.take_along_axis(is_new, token, axis=1)
+
+        def written(stored: Array, new: Array) -> Array:
+            new = jnp.take_along_axis(new, token[:, :, None, None], axis=1).transpose(0, 2, 1, 3)
+            read, write = lax.dynamic_slice_in_dim, lax.dynamic_update_slice_in_dim
+            axis = 2
+            if slot.ndim:  # each row its own window
+                axis, read, write = 1, jax.vmap(read, (0, 0, None, None)), jax.vmap(write, (0, 0, 0, None))
+            before = read(stored, begin, width, axis)
+            return write(stored, jnp.where(is_here[:, None, :, None], new, before), begin, axis)
+
+        keys, values = written(self.stored_keys, k), written(self.stored_values, v)
+        return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
     def _append_by_row(self, k: Array, v: Array, slots: Array) -> LayerCache:
         """`append` from each row's own slot on; not in a ring."""
@@ -135,12 +170,14 @@ class LayerCache:
 
     def grown(self, capacity: int) -> LayerCache:
         """The cache with `capacity` slots (a ring: with as many places as its window needs for these)."""
-        wanted = capacity if self.window is None else min(self.window, capacity)
-        if self.slots_last:
-            wanted = -(-wanted // TILE) * TILE
+        wanted = _places(capacity, self.window, self.slots_last)
         pads = [(0, 0)] * 4
         pads[3 if self.slots_last else 2] = (0, max(0, wanted - self.capacity))
-        keys, values = (jnp.pad(stored, pads) for stored in (self.stored_keys, self.stored_values))
+        rows = self.stored_keys.shape[0]
+        keys, values = (
+            sharding.spread(jnp.pad(stored, pads), self.letters, rows)
+            for stored in (self.stored_keys, self.stored_values)
+        )
         return dataclasses.replace(self, stored_keys=keys, stored_values=values)
 
     def newest(self, length: Int[Array, ""], count: int) -> tuple[Array, Array, Int[Array, " R"]]:
@@ -193,15 +230,27 @@ def empty(
     masks."""
 
     def layer(window: int | None) -> LayerCache:
-        slots = capacity if window is None else min(window, capacity)
-        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
-        if slots_last:
-            shape = (*shape[:2], config.head_dim, -(-slots // TILE) * TILE)
-        keys, values = (sharding.spread(jnp.zeros(shape, dtype), "BK--", batch) for _ in range(2))
+        places, heads, dim = _places(capacity, window, slots_last), config.num_key_value_heads, config.head_dim
+        shape = (batch, heads, dim, places) if slots_last else (batch, heads, places, dim)
+        letters = _letters(slots_last, window)
+        keys, values = (sharding.spread(jnp.zeros(shape, dtype), letters, batch) for _ in range(2))
         return LayerCache(keys, values, slots_last, window)
 
     layers = tuple(layer(config.window(number)) for number in range(config.num_hidden_layers))
     return KVCache(layers, starts, jnp.zeros((), jnp.int32))
+
+
+def _letters(slots_last: bool, window: int | None) -> str:
+    slots = "-" if window is not None else "S"
+    return f"BK-{slots}" if slots_last else f"BK{slots}-"
+
+
+def _places(capacity: int, window: int | None, slots_last: bool) -> int:
+    """The places of a layer's cache with room for `capacity` slots: as many on each device that shares them."""
+    wanted, multiple = capacity if window is None else min(window, capacity), TILE if slots_last else 1
+    if window is None:
+        multiple *= sharding.slot_shares()
+    return -(-wanted // multiple) * multiple
 
 
 def visible(starts: Int[Array, " B"], length: Int[Array, ""] | Int[Array, " B"], capacity: int) -> Bool[Array, "B S"]:

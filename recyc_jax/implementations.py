@@ -8,7 +8,9 @@ import logging
 
 import jax
 
+from recyc_jax import sharding
 from recyc_jax.attention.implementation import Implementation
+from recyc_jax.attention.split_slots import SplitSlots
 
 IMPLEMENTATIONS = {
     "reference": "recyc_jax.attention.implementation:Implementation",
@@ -40,8 +42,25 @@ def resolve(name: str | None) -> Implementation:
     the platform has some, the GPU has enough shared memory and this JAX can import them; otherwise plain JAX
     (`"reference"`), with a warning in the log where kernels exist but cannot be used.
 
-    Raises ValueError for an unknown name, and for "pallas" on a platform without kernels.
+    Where the mesh that is set splits the slots of full caches (`sharding.SEQUENCE`), each device runs it on its part
+    (`split_slots.py`).
+
+    Raises ValueError for an unknown name, for "pallas" on a platform without kernels, and for kernels that cannot run on
+    a part of the slots.
     """
+    found = _resolved(name)
+    return found if sharding.unsplit() or sharding.slot_shares() == 1 else _split(found, name)
+
+
+@functools.cache
+def _split(inner: Implementation, name: str | None) -> Implementation:
+    if name is None and inner.slots_last:
+        _warn_once("TPU kernels do not read a part of a row's slots: attention runs in plain JAX over a sequence axis")
+        inner = _made(IMPLEMENTATIONS["reference"])
+    return SplitSlots(inner)
+
+
+def _resolved(name: str | None) -> Implementation:
     if name is None:
         return _best()
     if name == "pallas":

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from recyc_jax import generation_loop
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import advance
+from recyc_jax.generation import ScoredGeneration, advance
 from recyc_jax.generation_checks import check_sampling
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
@@ -30,6 +30,10 @@ class Piece(NamedTuple):
     lengths: np.ndarray  # int32 [B]: how many of them are the row's, its end-of-sequence token included
     done: np.ndarray  # bool [B]: rows that have ended; all of them after the last piece
     text: list[str] | None  # with a tokenizer: what they add to each row's text, never half a character
+    # with `top_log_probabilities=k`, as in `ScoredGeneration`: float32 [B, n], int32 [B, n, k], float32 [B, n, k]
+    log_probabilities: np.ndarray | None = None
+    top_tokens: np.ndarray | None = None
+    top_log_probabilities: np.ndarray | None = None
 
 
 class Stream:
@@ -57,7 +61,7 @@ class Stream:
         if self._spelling is not None:
             rows = zip(self._spelling, tokens, lengths, self._done, strict=True)
             text = [spelling.add(row[:length].tolist(), bool(done)) for spelling, row, length, done in rows]
-        return Piece(tokens, lengths, self._done, text)
+        return Piece(tokens, lengths, self._done, text, *map(np.asarray, out.scores))
 
 
 class _Out(NamedTuple):
@@ -67,6 +71,7 @@ class _Out(NamedTuple):
     lengths: Any
     full_steps: Any
     done: Any
+    scores: tuple[Any, ...] = ()  # of each token, if they are asked for
 
 
 def stream(
@@ -83,6 +88,7 @@ def stream(
     prompt_lengths: Any = None,
     implementation: str | None = None,
     allow_beyond_context: bool = False,
+    top_log_probabilities: int | None = None,
     tokenizer: Any = None,
 ) -> Stream:
     """`generate`, but the tokens come in pieces of at most 16, and with a `tokenizer` their text too. It ends early when
@@ -100,7 +106,12 @@ def stream(
         allow_beyond_context=allow_beyond_context,
     )
     options: dict[str, Any] = dict(
-        sampling=sampling, eos_ids=eos_ids, pad_id=pad_id, key=key, implementation=implementation
+        sampling=sampling,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        key=key,
+        implementation=implementation,
+        top_log_probabilities=top_log_probabilities,
     )
     return stream_after(params, config, state, policy=policy, tokenizer=tokenizer, **options)
 
@@ -140,7 +151,8 @@ def _pieces(
         out, state = advance(params, config, state, max_new_tokens=size, **options)
         step, made = 0 if step is None else step + size, made + size
         assert state.answer is not None
-        out = _Out(*out[:3], jnp.copy(state.answer.done))  # the state's own is donated to the next piece
+        scores = out[3:] if isinstance(out, ScoredGeneration) else ()
+        out = _Out(*out[:3], jnp.copy(state.answer.done), scores)  # the state's own is donated to the next piece
         if waiting is not None:
             yield waiting, state, False
             if bool(np.all(np.asarray(waiting.done))):
@@ -167,7 +179,8 @@ def _blocks(
             most = rounds * (policy.draft_length + 1)
             out, state = advance(params, config, state, max_new_tokens=most, piece=piece, last=last, **options)
         assert state.answer is not None
-        out = _Out(*out[:3], state.answer.done | (state.answer.lengths >= last))
+        scores = out[3:] if isinstance(out, ScoredGeneration) else ()
+        out = _Out(*out[:3], state.answer.done | (state.answer.lengths >= last), scores)
         if waiting is not None:
             yield waiting, state, False
             is_done = bool(np.all(np.asarray(waiting.done)))

@@ -20,6 +20,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "attention.reference",
     "attention.kept attention.whole_sequence",
     "attention.implementation",
+    "attention.split_slots",
     "model",
     "sliding_window",
     "cached_attention",

@@ -13,11 +13,12 @@ import recyc_jax as rj
 from recyc_jax import sharding
 from recyc_jax.kernels.gpu import triton_call
 
-data, tensor, implementation = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+(data, tensor, sequence), implementation = eval(sys.argv[1]), sys.argv[2]
 triton_call.INTERPRET = True
 jax.config.update("jax_default_matmul_precision", "highest")
 config = rj.LlamaConfig.tiny(
-    num_hidden_layers=2, head_dim=16, num_attention_heads=16, num_key_value_heads=8, vocab_size=128, **eval(sys.argv[4])
+    **dict(num_hidden_layers=2, head_dim=16, num_attention_heads=16, num_key_value_heads=8, vocab_size=128)
+    | eval(sys.argv[3])
 )
 params = jax.tree.map(lambda leaf: 3 * leaf, rj.init_params(config, jax.random.key(0)))
 rng = np.random.default_rng(0)
@@ -36,18 +37,25 @@ def goes_on(params, policy):
     out, _ = rj.decode(params, config, state, policy=policy, eos_ids=(), implementation=implementation)
     return np.concatenate(pieces, axis=1), np.asarray(out.tokens)
 
-alone = [made(params, policy) for policy in sys.argv[5:]]
-after = goes_on(params, sys.argv[6])
-with jax.set_mesh(sharding.mesh(data, 1, tensor)) as mesh:
+def scored(params, policy):
+    tokens = np.asarray([prompt[:20] for prompt in prompts])
+    return rj.score(params, config, tokens, policy=policy, context_length=12, implementation=implementation)
+
+alone = [made(params, policy) for policy in sys.argv[4:]]
+scores = scored(params, sys.argv[5])
+after = goes_on(params, sys.argv[5])
+with jax.set_mesh(sharding.mesh(data, 1, tensor, sequence=sequence, kv_heads=config.num_key_value_heads)) as mesh:
     params = jax.device_put(params, sharding.shardings(params, jax.sharding.get_mesh()))
     state = rj.prefill(params, config, prompts, max_new_tokens=9, implementation=implementation)
     held = state.cache.layers[0].stored_keys
-    assert held.addressable_shards[0].data.shape[:2] == (8 // data, 8 // tensor), held.sharding
-    for one, policy in zip(alone, sys.argv[5:]):
+    shares = 8 // data, max(1, config.num_key_value_heads // tensor), held.shape[2] // sequence
+    assert held.addressable_shards[0].data.shape[:3] == shares, held.sharding
+    for one, policy in zip(alone, sys.argv[4:]):
         other = made(params, policy)
         for name in one._fields:
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=f"{policy} {name}")
-    for one, other in zip(after, goes_on(params, sys.argv[6])):
+    np.testing.assert_allclose(scored(params, sys.argv[5]), scores, atol=2e-4)
+    for one, other in zip(after, goes_on(params, sys.argv[5])):
         np.testing.assert_array_equal(one, other)
 """
 POLICIES = (
@@ -55,26 +63,36 @@ POLICIES = (
     *("lookahead:budget=8,stride=4", "streaming_llm:budget=8", "h2o:budget=8", "snapkv:budget=8"),
     *("quest:budget=8,page=4,dense_layers=0", "top_k:budget=8", "lookahead:budget=8,draft=3,adapt=false"),
 )
+FEW = ("full", "recycled:budget=8,stride=4", "lookahead:budget=8,draft=3,adapt=false")
 QWEN_3 = "dict(qk_norm='head')"
+TWO_HEADS, SIXTEEN_HEADS = "dict(num_key_value_heads=2)", "dict(num_key_value_heads=16)"
 GEMMA = "dict(norms='both', norm_scale='one_plus', qk_norm='head', activation='gelu_tanh', tie_word_embeddings=True)"
 
 
 @pytest.mark.parametrize(
-    ("data", "tensor", "implementation", "family", "policies"),
+    ("sizes", "implementation", "family", "policies"),  # of the axes data, tensor and sequence
     [
-        (8, 1, "reference", "{}", POLICIES),
-        (1, 8, "reference", "{}", POLICIES),
-        (2, 4, "reference", "{}", POLICIES),
-        (2, 4, "pallas_gpu", "{}", ("full", "recycled:budget=8,stride=4", "lookahead:budget=8,draft=3,adapt=false")),
-        (1, 8, "pallas_gpu", QWEN_3, ("full", "recycled:budget=8,stride=4")),
-        pytest.param(4, 2, "pallas_gpu", GEMMA, ("full", "lookahead:budget=8,stride=4"), marks=pytest.mark.slow),
-        pytest.param(8, 1, "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
-        pytest.param(1, 8, "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
+        ((8, 1, 1), "reference", "{}", POLICIES),
+        ((1, 8, 1), "reference", "{}", POLICIES),
+        ((1, 1, 8), "reference", "{}", POLICIES),
+        ((2, 2, 2), "reference", "{}", POLICIES),
+        ((2, 4, 1), "pallas_gpu", "{}", FEW),
+        ((1, 8, 1), "pallas_gpu", QWEN_3, FEW[:2]),
+        ((1, 2, 4), "pallas_gpu", "{}", FEW),
+        ((1, 8, 1), "reference", TWO_HEADS, POLICIES),
+        ((1, 4, 2), "pallas_gpu", TWO_HEADS, FEW),
+        pytest.param((1, 8, 1), "reference", SIXTEEN_HEADS, POLICIES, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "pallas_gpu", TWO_HEADS, POLICIES, marks=pytest.mark.slow),
+        pytest.param((4, 2, 1), "pallas_gpu", GEMMA, ("full", "lookahead:budget=8,stride=4"), marks=pytest.mark.slow),
+        pytest.param((8, 1, 1), "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
+        pytest.param((1, 1, 8), "pallas_gpu", "{}", POLICIES, marks=pytest.mark.slow),
+        pytest.param((2, 4, 1), "reference", "{}", POLICIES, marks=pytest.mark.slow),
     ],
 )
-def test_a_mesh_changes_nothing(data, tensor, implementation, family, policies):
+def test_a_mesh_changes_nothing(sizes, implementation, family, policies):
     ran = subprocess.run(
-        [sys.executable, "-c", SAME, str(data), str(tensor), implementation, family, *policies],
+        [sys.executable, "-c", SAME, str(sizes), implementation, family, *policies],
         env=environment("--xla_force_host_platform_device_count=8"),
         capture_output=True,
         text=True,

@@ -127,6 +127,8 @@ def test_a_share_that_does_not_divide_is_an_error():
     config = LlamaConfig.tiny()
     with pytest.raises(ValueError, match="--mesh tensor=2 is not of the 1 devices"):
         backends.mesh("tensor=2", config, 4)
+    with pytest.raises(ValueError, match="--mesh sequence=2 is not of the 1 devices"):
+        backends.mesh("sequence=2", config, 4)
     for spec in ("tensor=two", "rows=2", "data=0", "data=1,data=1", ""):
         with pytest.raises(ValueError, match=f"--mesh {spec}: "):
             backends.mesh(spec, config, 4)
@@ -136,20 +138,23 @@ def test_a_share_that_does_not_divide_is_an_error():
 @pytest.mark.parametrize(
     ("spec", "batch", "kv_heads", "memory", "want"),
     [
-        ("auto", 8, 4, None, (4, 1)),  # rows apart, which needs no communication
-        ("auto", 2, 4, None, (2, 2)),
-        ("auto", 1, 4, None, (1, 4)),
-        ("auto", 3, 2, None, (2, 2)),  # each group computes all rows
-        ("auto", 8, 4, 0.6, (1, 4)),  # of the weights' size: a quarter and as much again
-        ("auto", 8, 4, 4.0, (4, 1)),
-        ("data=4", 1, 4, None, (4, 1)),
-        ("tensor=2", 8, 4, None, (2, 2)),
+        ("auto", 8, 4, None, (4, 1, 1)),  # rows apart, which needs no communication
+        ("auto", 2, 4, None, (2, 2, 1)),
+        ("auto", 1, 4, None, (1, 4, 1)),
+        ("auto", 3, 2, None, (1, 4, 1)),  # two devices share a key/value head
+        ("auto", 8, 4, 0.6, (1, 4, 1)),  # of the weights' size: a quarter and as much again
+        ("auto", 8, 4, 4.0, (4, 1, 1)),
+        ("data=4", 1, 4, None, (4, 1, 1)),
+        ("tensor=2", 8, 4, None, (2, 2, 1)),
+        ("sequence=4", 1, 4, None, (1, 1, 4)),
+        ("sequence=2", 1, 4, None, (1, 2, 2)),
+        ("sequence=2,data=2", 8, 4, None, (2, 1, 2)),
     ],
 )
 def test_the_mesh_that_is_chosen(monkeypatch, spec, batch, kv_heads, memory, want):
     config = LlamaConfig.tiny(num_attention_heads=4, num_key_value_heads=kv_heads)
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    monkeypatch.setattr(sharding, "mesh", lambda data, fsdp, tensor: (data, tensor))
+    monkeypatch.setattr(sharding, "mesh", lambda data, fsdp, tensor, sequence, kv_heads: (data, tensor, sequence))
     if memory is not None:
         shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
         size = memory * 2 * sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -80,7 +80,9 @@ def test_ruler_predictions_equal_hugging_faces(lm, hf, name):
     """Predictions for the same token ids, at 1024 tokens (2048 for the task of long answers) under full attention."""
     predict, logits = hf
     drawn_on = Material(material.words(), material.essays(None)[0])
-    task = TASKS[name](name, drawn_on, cells.prompting(lm.tokenizer, "base"), 2048 if name == "long_needles" else 1024, 42)
+    task = TASKS[name](
+        name, drawn_on, cells.prompting(lm.tokenizer, "base"), 2048 if name == "long_needles" else 1024, 42
+    )
     for index in range(2):
         ids = lm.tokenizer(task.sample(index).prompt)["input_ids"]
         expected = predict(ids, task.new_tokens)

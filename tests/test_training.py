@@ -218,7 +218,7 @@ def test_adafactors_factored_moments_are_whole_on_every_device(config):
         assert leaf.size > 1 or not any(place.spec)
         assert "v_row" not in jax.tree_util.keystr(path) or not any(place.spec)
     kernel = shardings(shapes, mesh).params["layers"]["mlp"]["down_proj"]["kernel"]
-    assert kernel.spec == PartitionSpec(None, "tensor", "fsdp")
+    assert kernel.spec == PartitionSpec(None, sharding.HEADS, "fsdp")
 
 
 def test_meshes_that_do_not_fit_are_refused(config):
@@ -265,7 +265,7 @@ def on_meshes():
         np.testing.assert_allclose(numbers["grad_norm"], expected["grad_norm"], rtol=1e-3)
         for tree in (state.params, state.optimizer[1][0].mu):
             kernel = tree["layers"]["attention"]["q_proj"]["kernel"]
-            assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+            assert kernel.sharding.spec == PartitionSpec(None, "fsdp", sharding.HEADS)
             assert kernel.addressable_shards[0].data.shape == (2, 32 // fsdp, 64 // tensor)
             assert tree["embedding"].addressable_shards[0].data.shape == (96 // tensor, 32 // fsdp)
             assert tree["final_norm"]["scale"].sharding.is_fully_replicated

@@ -141,4 +141,4 @@ def _mesh(config: Config, model: LlamaConfig) -> Mesh:
             f"--batch-size {config.batch_size} in --accumulate {config.accumulate} parts is {micro} rows at once, which "
             f"{row_parts} devices cannot share evenly"
         )
-    return sharding.mesh(devices // parts, config.fsdp, config.tensor)
+    return sharding.mesh(devices // parts, config.fsdp, config.tensor, kv_heads=model.num_key_value_heads)

@@ -112,6 +112,57 @@ class Implementation:
         key, value = (reference.mean_under(weights, side) for side in (cached.keys, cached.values))
         return out, log_probabilities, Moments(lse[..., 0], value, key)
 
+    # --- part of a full cache whose slots are split over devices (`split_slots.py`): `starts`, `offset` and their like are
+    # counted from the part's first slot, and may lie before or behind it
+
+    def part(
+        self,
+        q: Float[Array, "B N H"],
+        cached: LayerCache,
+        visible: Bool[Array, "B S"],
+        rows: Bool[Array, " B"] | None = None,
+        with_logits: bool = False,
+        with_key: bool = False,
+    ) -> tuple[Moments, Float[Array, "B K G S"] | None]:
+        """`full` over the part's slots, as moments and logits (`reference.part`)."""
+        return reference.part(q, cached.keys, cached.values, visible)
+
+    def chunk_part(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"]]:
+        """`chunk` over the part's slots, and each query's logsumexp."""
+        return reference.chunk_part(q, cached.keys, cached.values, starts, offset)
+
+    def window_normaliser(
+        self, q: Float[Array, "B W N H"], cached: LayerCache, starts: Int[Array, " B"], length: Int[Array, ""]
+    ) -> Float[Array, "..."]:
+        """The logsumexp of each of the last W queries over the part's slots, in any order."""
+        return reference.window_normaliser(q, cached.keys, starts, length)
+
+    def window_scores_by(
+        self,
+        q: Float[Array, "B W N H"],
+        cached: LayerCache,
+        starts: Int[Array, " B"],
+        length: Int[Array, ""],
+        normaliser: Float[Array, "..."],
+    ) -> Float[Array, "B K S"]:
+        """`window_scores` of the part's slots by the whole cache's normaliser."""
+        return reference.window_scores(q, cached.keys, starts, length, normaliser)
+
+    def block_part(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"], Float[Array, "B K G S"]]:
+        """`block` over the part's slots, each query's logsumexp, and the first query's logits."""
+
+        def row(q: Array, keys: Array, values: Array, start: Array, begin: Array) -> tuple[Array, Array]:
+            out, lse = reference.chunk_part(q[None], keys[None], values[None], start[None], begin)
+            return out[0], lse[0]
+
+        visible = cache.visible(starts, begins + 1, cached.capacity)
+        logits = reference.masked_logits(q[:, 0], cached.keys, visible[:, None])
+        return *jax.vmap(row)(q, cached.keys, cached.values, starts, begins), logits
+
     # --- a block of drafted tokens (`lossless.py`)
 
     def block(
@@ -120,14 +171,8 @@ class Implementation:
         """Causal attention of C queries, row b's first in slot `begins[b]`, over the cache that holds their keys; and the
         score of each slot that the first query sees: its log-probability, the maximum over the group's heads."""
 
-        def row(q: Array, keys: Array, values: Array, start: Array, begin: Array) -> Array:
-            one = q[None], keys[None], values[None], start[None], begin
-            return reference.chunk(*one)[0]
-
-        visible = cache.visible(starts, begins + 1, cached.capacity)
-        _, log_probabilities = reference.full_with_log_probabilities(q[:, 0], cached.keys, cached.values, visible)
-        out = jax.vmap(row)(q, cached.keys, cached.values, starts, begins)
-        return out, selection.group_maximum(log_probabilities)
+        out, _, logits = Implementation.block_part(self, q, cached, starts, begins)
+        return out.astype(q.dtype), selection.group_maximum(reference.log_softmax(logits))
 
     # --- a decode step, full or partial
 
@@ -145,8 +190,12 @@ class Implementation:
         are not kept. At least the last `ordered` entries, and the last one, are in exact rank order. All layers are
         chosen at once: the selection of one layer is too little work for an accelerator, and takes as long to
         compile."""
-        slots = selection.top_slots(jnp.stack(scores), budget)
-        return [self.kept_set(layer_slots) for layer_slots in slots]
+        return [self.kept_set(slots) for slots in self.best_slots(jnp.stack(scores), budget, ordered)]
+
+    def best_slots(self, scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
+        """The slots that `keep` keeps of each layer, -1 for none. With `ordered` = 0 equal scores may be in the order of
+        their slots, instead of in rank order."""
+        return selection.top_slots(scores, budget)
 
     def first_slots(self, cached: LayerCache, starts: Int[Array, " B"], count: int) -> Any:
         """The kept set of each row's first `count` slots, whether written yet or not, the first ranked best."""

@@ -67,7 +67,14 @@ class KeptSlots:
         log_probabilities = jnp.where(slots[:, :, None] >= 0, log_probabilities, -jnp.inf)
         return out, log_probabilities[..., : self.size], log_probabilities[..., self.size :]
 
-    def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
+    def moments(
+        self,
+        q: Float[Array, "B N H"],
+        cached: LayerCache,
+        reads: Reads,
+        with_key: bool = False,
+        rows: Bool[Array, " B"] | None = None,
+    ) -> Moments:
         """`attend`, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
         piece = reference.listed(cached.keys, cached.values, self._read_slots(reads))
         return reference.moments(q, [piece], with_key)

@@ -130,24 +130,44 @@ def window_scores(
     keys: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     length: Int[Array, ""],
+    normaliser: Float[Array, "W B K G"] | None = None,
 ) -> Float[Array, "B K S"]:
     """Each slot's score under the queries of the last W tokens, in slots `length - W` to `length - 1`: the log of its
     probability summed over these queries, the maximum over the heads of its group. A row of fewer than W tokens counts
-    all of them. W = 1 gives the score of a full step. One query at a time, so memory does not grow with W."""
+    all of them. W = 1 gives the score of a full step. One query at a time, so memory does not grow with W. The
+    `normaliser` (None: that of these slots) divides the probabilities."""
     batch, window, heads, _ = q.shape
     kv_heads, capacity = keys.shape[1:3]
-    slots = jnp.arange(capacity, dtype=jnp.int32)
     first = length - window
 
     def add(index: Array, total: Array) -> Array:
-        seen = (slots >= starts[:, None]) & (slots <= first + index)
-        query = lax.dynamic_index_in_dim(q, index, axis=1, keepdims=False)
-        log_probabilities = log_softmax(masked_logits(query, keys, seen[:, None]))
+        logits = _window_logits(q, keys, starts, first, index)
+        by = jax.nn.logsumexp(logits, axis=-1) if normaliser is None else normaliser[index]
         is_token = first + index >= starts
-        return jnp.logaddexp(total, jnp.where(is_token[:, None, None, None], log_probabilities, MASKED))
+        return jnp.logaddexp(total, jnp.where(is_token[:, None, None, None], logits - by[..., None], MASKED))
 
     total = jnp.full((batch, kv_heads, heads // kv_heads, capacity), MASKED, jnp.float32)
     return jnp.max(lax.fori_loop(0, window, add, total), axis=2)
+
+
+def window_normaliser(
+    q: Float[Array, "B W N H"], keys: Float[Array, "B K S H"], starts: Int[Array, " B"], length: Int[Array, ""]
+) -> Float[Array, "W B K G"]:
+    """Each of the last W queries' log of the sum of exponentials over the slots that it sees."""
+    window = q.shape[1]
+
+    def one(index: Array) -> Array:
+        return jax.nn.logsumexp(_window_logits(q, keys, starts, length - window, index), axis=-1)
+
+    return lax.map(one, jnp.arange(window, dtype=jnp.int32))
+
+
+def _window_logits(q: Array, keys: Array, starts: Array, first: Array, index: Array) -> Float[Array, "B K G S"]:
+    """The logits of query number `index`, which is in slot `first + index`."""
+    slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
+    seen = (slots >= starts[:, None]) & (slots <= first + index)
+    query = lax.dynamic_index_in_dim(q, index, axis=1, keepdims=False)
+    return masked_logits(query, keys, seen[:, None])
 
 
 def listed(
@@ -188,6 +208,21 @@ def over_pieces(
     return jnp.asarray(out).astype(q.dtype).reshape(q.shape), log_softmax(logits)
 
 
+def part(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+) -> tuple[Moments, Float[Array, "B K G S"]]:
+    """Attention of one query per row over the visible slots as moments with keys, and the logits: what several parts of
+    a cache are put together from. Where no slot is visible, means are meaningless and finite, and the logsumexp is so
+    low that they count for nothing."""
+    logits = masked_logits(q, keys, visible[:, None])
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - lse[..., None])
+    return Moments(lse, mean_under(weights, values), mean_under(weights, keys)), logits
+
+
 def chunk(
     q: Float[Array, "B C N H"],
     keys: Float[Array, "B K S H"],
@@ -202,7 +237,24 @@ def chunk(
     Key blocks of C slots are visited one by one with a running softmax, from the first block that holds a token to the
     queries' own block, so memory is C x C per head and blocks in the future cost nothing.
     """
-    return _chunk(q, keys, values, starts, offset, window)[0]
+    return chunk_part(q, keys, values, starts, offset, window)[0].astype(q.dtype)
+
+
+def chunk_part(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+    window: int | None = None,
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"]]:
+    """`chunk` in float32, and each query's log of the sum of exponentials. The keys may be a part of a cache: `starts` and
+    `offset`, counted from the part's first slot, may then lie before or behind it."""
+    batch, width, heads, dim = q.shape
+    out, normaliser = _chunk(q, keys, values, starts, offset, window)
+    shape = (batch, keys.shape[1], heads // keys.shape[1], width)
+    out, normaliser = out.reshape(*shape, dim), normaliser.reshape(shape)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), normaliser.transpose(0, 3, 1, 2).reshape(q.shape[:3])
 
 
 def chunk_with_mass(
@@ -216,28 +268,48 @@ def chunk_with_mass(
     """`chunk`, and the probability that each slot receives from these queries, summed over them, for each query head in
     float32. Queries in slots before `first` (None: before `starts`) add nothing. The key blocks are visited twice: the
     second time with the normalisers of the first."""
+    out, normaliser = chunk_part(q, keys, values, starts, offset)
+    return out.astype(q.dtype), received_mass(q, keys, starts, offset, starts if first is None else first, normaliser)
+
+
+def received_mass(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+    first: Int[Array, " B"],
+    normaliser: Float[Array, "B C N"],
+) -> Float[Array, "B K G S"]:
+    """The probability that each slot receives from C queries, summed over those in slots from `first` on, by the queries'
+    normalisers."""
     batch, width, heads, _ = q.shape
     kv_heads, capacity = keys.shape[1:3]
-    groups = heads // kv_heads
-    out, normaliser = _chunk(q, keys, values, starts, offset)
+    groups, size = heads // kv_heads, min(width, capacity)
     stacked = _stacked(q, kv_heads)
-    is_token = offset + jnp.arange(width, dtype=jnp.int32) >= (starts if first is None else first)[:, None]
+    by_head = normaliser.reshape(batch, width, kv_heads, groups).transpose(0, 2, 3, 1).reshape(batch, kv_heads, -1)
+    is_token = offset + jnp.arange(width, dtype=jnp.int32) >= first[:, None]
 
     def visit(block: Array, mass: Array) -> Array:
-        log_probabilities = _block_logits(stacked, keys, starts, offset, block, width) - normaliser[..., None]
-        probabilities = jnp.exp(log_probabilities).reshape(batch, kv_heads, groups, width, width)
+        log_probabilities = _block_logits(stacked, keys, starts, offset, block, width) - by_head[..., None]
+        probabilities = jnp.exp(log_probabilities).reshape(batch, kv_heads, groups, width, size)
         received = jnp.sum(jnp.where(is_token[:, None, None, :, None], probabilities, 0), axis=3)
-        begin = _block_begin(block, width, capacity)
-        before = lax.dynamic_slice_in_dim(mass, begin, width, axis=3)
+        begin = _block_begin(block, size, capacity)
+        before = lax.dynamic_slice_in_dim(mass, begin, size, axis=3)
         return lax.dynamic_update_slice_in_dim(mass, before + received, begin, axis=3)
 
     mass = jnp.zeros((batch, kv_heads, groups, capacity), jnp.float32)
-    return out, lax.fori_loop(jnp.min(starts) // width, _blocks(offset, width), visit, mass)
+    return lax.fori_loop(_first_block(jnp.min(starts), size), _blocks(offset, width, capacity), visit, mass)
 
 
-def _blocks(offset: Int[Array, ""], width: int) -> Int[Array, ""]:
-    """The number of blocks of `width` slots that hold the slots up to the last query's."""
-    return (offset + width - 1) // width + 1
+def _blocks(offset: Int[Array, ""], width: int, capacity: int) -> Int[Array, ""]:
+    """The number of blocks of slots that hold the slots up to the last of `width` queries'."""
+    size = min(width, capacity)
+    return jnp.minimum((offset + width - 1) // size + 1, -(-capacity // size))
+
+
+def _first_block(slot: Int[Array, ""], size: int) -> Int[Array, ""]:
+    """The block of `size` slots that holds this slot."""
+    return jnp.maximum(slot, 0) // size
 
 
 def _block_begin(block: Int[Array, ""], width: int, capacity: int) -> Int[Array, ""]:
@@ -261,17 +333,17 @@ def _block_logits(
     block: Int[Array, ""],
     width: int,
     window: int | None = None,
-) -> Float[Array, "B K GC C"]:
-    """Scaled logits of the queries, the first in slot `offset`, over the block's keys; masked where they see
-    nothing."""
-    rows, dim = stacked.shape[2:]
+) -> Float[Array, "B K GC _"]:
+    """Scaled logits of `width` queries, the first in slot `offset`, over a block of as many keys (of all, if there are
+    fewer); masked where they see nothing."""
+    (rows, dim), size = stacked.shape[2:], min(width, keys.shape[2])
     query_slots = offset + jnp.tile(jnp.arange(width, dtype=jnp.int32), rows // width)
-    begin = _block_begin(block, width, keys.shape[2])
-    key_slots = begin + jnp.arange(width, dtype=jnp.int32)
-    seen = (key_slots <= query_slots[:, None]) & (key_slots >= jnp.maximum(starts, block * width)[:, None, None])
+    begin = _block_begin(block, size, keys.shape[2])
+    key_slots = begin + jnp.arange(size, dtype=jnp.int32)
+    seen = (key_slots <= query_slots[:, None]) & (key_slots >= jnp.maximum(starts, block * size)[:, None, None])
     if window is not None:
         seen = seen & (key_slots > query_slots[:, None] - window)
-    block_keys = lax.dynamic_slice_in_dim(keys, begin, width, axis=2)
+    block_keys = lax.dynamic_slice_in_dim(keys, begin, size, axis=2)
     logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None], logits * _scale(dim), MASKED)
 
@@ -283,17 +355,17 @@ def _chunk(
     starts: Int[Array, " B"],
     offset: Int[Array, ""],
     window: int | None = None,
-) -> tuple[Float[Array, "B C N H"], Float[Array, "B K GC"]]:
-    """The output, and each query's log of the sum of exponentials."""
+) -> tuple[Float[Array, "B K GC H"], Float[Array, "B K GC"]]:
+    """The output in float32, and each query's log of the sum of exponentials."""
     batch, width, heads, dim = q.shape
-    kv_heads = keys.shape[1]
-    groups = heads // kv_heads
+    kv_heads, capacity = keys.shape[1:3]
+    groups, size = heads // kv_heads, min(width, capacity)
     stacked = _stacked(q, kv_heads)
 
     def visit(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         peak, total, out = carry
         logits = _block_logits(stacked, keys, starts, offset, block, width, window)
-        block_values = lax.dynamic_slice_in_dim(values, _block_begin(block, width, keys.shape[2]), width, axis=2)
+        block_values = lax.dynamic_slice_in_dim(values, _block_begin(block, size, capacity), size, axis=2)
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1))
         shrink = jnp.exp(peak - new_peak)
         weights = jnp.exp(logits - new_peak[..., None])
@@ -311,6 +383,7 @@ def _chunk(
     first = jnp.min(starts)
     if window is not None:
         first = jnp.maximum(first, jnp.maximum(offset - window + 1, 0))
-    peak, total, out = lax.fori_loop(first // width, _blocks(offset, width), visit, carry)
-    out = (out / total[..., None]).astype(q.dtype).reshape(batch, kv_heads, groups, width, dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), peak + jnp.log(total)
+    visited = _first_block(first, size), _blocks(offset, width, capacity)
+    peak, total, out = lax.fori_loop(*visited, visit, carry)
+    total = jnp.where(total > 0, total, 1)  # no block was visited: the keys are a part behind the queries
+    return out / total[..., None], peak + jnp.log(total)

@@ -39,15 +39,20 @@ def on(mesh: Any) -> contextlib.AbstractContextManager[Any]:
 
 
 def mesh(spec: str, config: Any, batch_size: int) -> Any:
-    """The mesh that `--mesh` names: `data=D` groups of devices that take rows apart, `tensor=T` devices that share heads
-    of a row; None for a single device. What is not named follows from the number of devices, and `auto` chooses both:
-    as many groups as `batch_size` divides among, as long as a device has memory for its share of the weights and as much
-    again. Raises ValueError, naming the flag, for what does not divide the devices, the model or the batch."""
+    """The mesh that `--mesh` names; None for a single device. `data=D` groups of devices take rows apart, `sequence=S`
+    devices share the slots of a row's full cache (1 if it is not named), `tensor=T` devices share heads of a row. Which of
+    `data` and `tensor` is not named follows from the number of devices, and `auto` chooses both: as many groups as
+    `batch_size` divides among, as long as a device has memory for its share of the weights and as much again. Raises
+    ValueError, naming the flag, for what does not divide the devices, the model or the batch."""
     import jax
 
     from recyc_jax import sharding
 
-    devices, named = jax.device_count(), _axes(spec)
+    named = _axes(spec)
+    sequence = named.get("sequence", 1)
+    if jax.device_count() % sequence:
+        raise ValueError(f"--mesh {spec} is not of the {jax.device_count()} devices that there are")
+    devices = jax.device_count() // sequence  # for each share of the slots
     shares = [size for size in range(1, devices + 1) if devices % size == 0]
     if "tensor" in named:
         tensor = named["tensor"]
@@ -59,9 +64,9 @@ def mesh(spec: str, config: Any, batch_size: int) -> Any:
         tensor = min(fits, default=max(possible))
     data = named.get("data", devices // tensor)
     if data * tensor != devices:
-        raise ValueError(f"--mesh {spec} is not of the {devices} devices that there are")
+        raise ValueError(f"--mesh {spec} is not of the {jax.device_count()} devices that there are")
     sharding.check_divides(config, 1, tensor)
-    if devices == 1:
+    if jax.device_count() == 1:
         return None
     if batch_size % data and jax.process_index() == 0:
         print(
@@ -69,7 +74,7 @@ def mesh(spec: str, config: Any, batch_size: int) -> Any:
             f"multiple of {data} would share them",
             flush=True,
         )
-    return sharding.mesh(data, 1, tensor)
+    return sharding.mesh(data, 1, tensor, sequence=sequence, kv_heads=config.num_key_value_heads)
 
 
 def _axes(spec: str) -> dict[str, int]:
@@ -79,9 +84,9 @@ def _axes(spec: str) -> dict[str, int]:
     named = {}
     for item in spec.split(","):
         name, _, size = item.strip().partition("=")
-        if name not in ("data", "tensor") or name in named or not size.isdecimal() or int(size) < 1:
+        if name not in ("data", "tensor", "sequence") or name in named or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"--mesh {spec}: {item.strip()!r} is neither data=N nor tensor=N (such as data=2,tensor=2)"
+                f"--mesh {spec}: {item.strip()!r} is none of data=N, tensor=N and sequence=N (such as data=2,tensor=2)"
             )
         named[name] = int(size)
     return named

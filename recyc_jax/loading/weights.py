@@ -4,6 +4,7 @@ them, and how they become our parameters."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -196,7 +197,8 @@ def load_params(folder: Path, config: LlamaConfig, dtype: Any = None, mesh: Mesh
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     if mesh is not None:
-        sharding.check_divides(config, mesh.shape.get("fsdp", 1), mesh.shape.get(sharding.TENSOR, 1))
+        tensor = math.prod(mesh.shape.get(axis, 1) for axis in sharding.HEADS)
+        sharding.check_divides(config, mesh.shape.get("fsdp", 1), tensor)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     read = reader(folder, config, dtype)
 

@@ -110,12 +110,26 @@ def kept_moments(
     slots: Int[Array, "B K R"],
     reads: Reads,
     with_key: bool,
+    rows: Bool[Array, " B"] | None = None,
 ) -> Moments:
-    """`kept` of all rows, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
-    newest = (reads.first, jnp.reshape(reads.length, -1))
-    return _moments(
-        _attend(q, keys, values, slots, newest, reads.most, reads.replacing, with_key=with_key, unrounded=True)
-    )
+    """`kept`, unrounded, with its logsumexp, and with the mean of the keys if asked for."""
+    newest, options = (reads.first, jnp.reshape(reads.length, -1)), {"with_key": with_key, "rows": rows}
+    return _moments(_attend(q, keys, values, slots, newest, reads.most, reads.replacing, unrounded=True, **options))
+
+
+def part(
+    q: Float[Array, "B N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    visible: Bool[Array, "B S"],
+    rows: Bool[Array, " B"] | None,
+    with_logits: bool,
+    with_key: bool,
+) -> tuple[Moments, Float[Array, "B K G S"] | None]:
+    """As `reference.part`, keys and logits if asked for."""
+    options = {"with_logits": with_logits, "with_key": with_key, "rows": rows}
+    seen = _attend(q, keys, values, visible.astype(jnp.int8), unrounded=True, **options)
+    return _moments(seen), seen.logits
 
 
 class _Seen(NamedTuple):
@@ -154,15 +168,15 @@ def _attend(
     """
     asked = () if rows is None else (rows.astype(jnp.int32),)
     inputs = (
-        "BK-",
+        "BN-",
         "BK--",
         "BK--",
         *(("BK-", "B", "B" if newest[1].shape[0] > 1 else "-") if newest else ("B-",)),
         *(("B",) if asked else ()),
     )
     more = () if rest is None else (rest.key, rest.value, rest.bias)
-    inputs = (*inputs, *(("BK--", "BK--", "BK-") if more else ()))
-    outputs = _Seen("BK-", "BK-", "BK-" if with_key else None, "BK--" if with_logits else None)
+    inputs = (*inputs, *(("BKG-", "BKG-", "BKG") if more else ()))
+    outputs = _Seen("BN-", "BKG", "BN-" if with_key else None, "BKG-" if with_logits else None)
     local = functools.partial(
         _attend_on_device,
         most=most,

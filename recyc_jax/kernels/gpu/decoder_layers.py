@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def applies(config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> bool:
     if split.tensor > 1 and config.qk_norm == "projection":
         _say_once("norms over all heads are not split over devices: a decode step runs the model's own layers")
         return False
-    local = _on_device(config, split.tensor)
+    local = _on_device(config, split)
     if local is None:
         _say_once(
             f"heads or features do not divide among {split.tensor} devices: a decode step runs the model's own layers"
@@ -51,14 +51,16 @@ def applies(config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> bool:
     return split.rows * width <= most and jnp.dtype(dtype) != jnp.float16
 
 
-def _on_device(config: LlamaConfig, tensor: int) -> LlamaConfig | None:
-    """The shape of what one of `tensor` devices computes; None if heads or features do not divide."""
-    sizes = {
-        name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+def _on_device(config: LlamaConfig, split: sharding.Split) -> LlamaConfig | None:
+    """The shape of what one device computes; None if heads or features do not divide."""
+    parts = {
+        "num_attention_heads": split.tensor,
+        "num_key_value_heads": split.tensor // split.group,
+        "intermediate_size": split.tensor,
     }
-    if any(size % tensor for size in sizes.values()):
+    if any(getattr(config, name) % count for name, count in parts.items()):
         return None
-    return dataclasses.replace(config, **{name: size // tensor for name, size in sizes.items()})
+    return dataclasses.replace(config, **{name: getattr(config, name) // count for name, count in parts.items()})
 
 
 @functools.cache
@@ -78,7 +80,7 @@ def run(
     two functions of each device's rows and heads (`_to_heads`, `_after_attention`), with attention between them; the
     second adds up what devices that share rows have made, once for attention and once for the feed-forward."""
     layers = [params[f"layers_{layer}"] for layer in range(config.num_hidden_layers)]
-    local = _on_device(config, sharding.split_of(x.shape[0]).tensor)
+    local = _on_device(config, sharding.split_of(x.shape[0]))
     assert local is not None  # `applies` has seen it
     made = _Factors(config, x.dtype)
     stream = products.begin(x, made.of(layers[0], "attention_norm"))
@@ -133,6 +135,8 @@ def _to_heads(
     def on_device(
         stream: Stream, linears: Any, factors: Any, rotation: Any, by: Any, cached: LayerCache, slot: Array
     ) -> tuple[Heads, LayerCache]:
+        if cached.window is None:
+            slot = slot - sharding.first_slot(cached.capacity)
         norms = None if factors[0] is None else [Norm(one, eps) for one in factors]
         its = Positions(rotation, multiplier if by is None else by)
         if stream.x.shape[1] > 1:
@@ -148,8 +152,9 @@ def _to_heads(
         return Heads(q, k, v, q_before_rope), cached
 
     by = multiplier if isinstance(multiplier, jax.Array) else None
-    inputs = ("B", (Linear("-K", "K"),) * 3, "-", "B", "B", "BK--", "B" if slot.ndim else "")
-    outputs = ("B-K-", "BK--")
+    by_query, by_key = Linear("-N", "N"), Linear("-K", "K")
+    inputs = ("B", (by_query, by_key, by_key), "-", "B", "B", cached.letters, "B" if slot.ndim else "")
+    outputs = (Heads(*cast(Any, ("B-N-", "B-K-", "B-K-", "B-N-"))), cached.letters)
     local = sharding.split_kernel(on_device, rows, inputs, outputs)
     return local(stream, linears, factors, positions.rotation, by, cached, slot)
 
@@ -174,7 +179,7 @@ def _after_attention(
                 return products.added(x, linear, stream, following)
             return normed.added_normed(x, linear, stream, Norm(after, eps), following)
         (part,) = products.projected(Stream(x), [linear], eps, jnp.float32)
-        whole = lax.psum(part.reshape(stream.x.shape), sharding.TENSOR)
+        whole = sharding.over_heads(lax.psum, part.reshape(stream.x.shape))
         if after is not None:
             whole = whole * lax.rsqrt(jnp.mean(whole**2, axis=-1, keepdims=True) + eps)
             whole = times_normed(whole, after, x.dtype).astype(jnp.float32)
@@ -188,8 +193,8 @@ def _after_attention(
 
     linears = _linear(layer["attention"], "o_proj"), *(_linear(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
     factors = (*(made.of(layer, name) for name in ("attention_out_norm", "mlp_norm", "mlp_out_norm")), following)
-    by_row, by_column = Linear("K-", "-"), Linear("-K", "K")
-    inputs = ("B-K-", "B", (by_row, by_column, by_column, by_row), "-")
+    by_row, by_column = Linear("N-", "-"), Linear("-N", "N")
+    inputs = ("B-N-", "B", (by_row, by_column, by_column, by_row), "-")
     return sharding.split_kernel(on_device, stream.x.shape[0], inputs, "B")(out, stream, linears, factors)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recyc_jax.attention.implementation import Implementation
@@ -26,8 +25,15 @@ class KeptSlotsByKernel(KeptSlots):
     ) -> Float[Array, "B N H"]:
         return decode_attention.kept(q, cached.keys, cached.values, self.slots, reads, rows)
 
-    def moments(self, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads, with_key: bool = False) -> Moments:
-        return decode_attention.kept_moments(q, cached.keys, cached.values, self.slots, reads, with_key)
+    def moments(
+        self,
+        q: Float[Array, "B N H"],
+        cached: LayerCache,
+        reads: Reads,
+        with_key: bool = False,
+        rows: Bool[Array, " B"] | None = None,
+    ) -> Moments:
+        return decode_attention.kept_moments(q, cached.keys, cached.values, self.slots, reads, with_key, rows)
 
     def attend_also(
         self, rest: Remainder, q: Float[Array, "B N H"], cached: LayerCache, reads: Reads
@@ -47,6 +53,11 @@ def _are_few(q: Array) -> bool:
     return batch * heads * -(-width // prefill_attention.TILE[0]) <= turn_attention.PROGRAMS // 2
 
 
+def _scores_windows(q: Array) -> bool:
+    """Whether the kernel that scores slots takes these queries."""
+    return _fits_prefill(q) and q.shape[1] <= turn_attention.TILE
+
+
 class GPU(Implementation):
     """As `Implementation`. On a CPU the kernels run only in Pallas' interpreter (`triton_call.INTERPRET`)."""
 
@@ -64,7 +75,7 @@ class GPU(Implementation):
     def window_scores(
         self, q: Float[Array, "B W N H"], cached: LayerCache, starts: Int[Array, " B"], length: Int[Array, ""]
     ) -> Float[Array, "B K S"]:
-        if not _fits_prefill(q) or q.shape[1] > turn_attention.TILE:
+        if not _scores_windows(q):
             return super().window_scores(q, cached, starts, length)
         return turn_attention.window_scores(q, cached.keys, cached.values, starts, length)
 
@@ -107,6 +118,51 @@ class GPU(Implementation):
     ) -> tuple[Float[Array, "B N H"], Float[Array, "B K G S"], Moments]:
         return decode_attention.full_with_moments(q, cached.keys, cached.values, visible)
 
+    def part(
+        self,
+        q: Float[Array, "B N H"],
+        cached: LayerCache,
+        visible: Bool[Array, "B S"],
+        rows: Bool[Array, " B"] | None = None,
+        with_logits: bool = False,
+        with_key: bool = False,
+    ) -> tuple[Moments, Float[Array, "B K G S"] | None]:
+        return decode_attention.part(q, cached.keys, cached.values, visible, rows, with_logits, with_key)
+
+    def chunk_part(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], offset: Int[Array, ""]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"]]:
+        if not _fits_prefill(q):
+            return super().chunk_part(q, cached, starts, offset)
+        kernel = turn_attention if _are_few(q) else prefill_attention
+        return kernel.chunk_part(q, cached.keys, cached.values, starts, offset)
+
+    def window_normaliser(
+        self, q: Float[Array, "B W N H"], cached: LayerCache, starts: Int[Array, " B"], length: Int[Array, ""]
+    ) -> Float[Array, "..."]:
+        if not _scores_windows(q):
+            return super().window_normaliser(q, cached, starts, length)
+        return turn_attention.window_normaliser(q, cached.keys, cached.values, starts, length)
+
+    def window_scores_by(
+        self,
+        q: Float[Array, "B W N H"],
+        cached: LayerCache,
+        starts: Int[Array, " B"],
+        length: Int[Array, ""],
+        normaliser: Float[Array, "..."],
+    ) -> Float[Array, "B K S"]:
+        if not _scores_windows(q):
+            return super().window_scores_by(q, cached, starts, length, normaliser)
+        return turn_attention.window_scores_by(q, cached.keys, starts, length, normaliser)
+
+    def block_part(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"], Float[Array, "B K G S"]]:
+        if not _fits_prefill(q):
+            return super().block_part(q, cached, starts, begins)
+        return turn_attention.block_part(q, cached.keys, cached.values, starts, begins)
+
     def block(
         self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
     ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
@@ -117,7 +173,5 @@ class GPU(Implementation):
     def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> Callable[..., Any] | None:
         return decoder_layers.run if decoder_layers.applies(config, rows, dtype, width) else None
 
-    def keep(
-        self, layers: Sequence[LayerCache], scores: Sequence[Float[Array, "B K S"]], budget: int, ordered: int
-    ) -> list[KeptSlots]:
-        return [self.kept_set(slots) for slots in top_slots.top_slots(jnp.stack(scores), budget, ordered)]
+    def best_slots(self, scores: Float[Array, "L B K S"], budget: int, ordered: int) -> Int[Array, "L B K R"]:
+        return top_slots.top_slots(scores, budget, ordered)

@@ -36,9 +36,22 @@ def chunk(
     window: int | None = None,
 ) -> Float[Array, "B C N H"]:
     """The output of `reference.chunk`, but `offset` need not be a multiple of C."""
-    inputs = ("B-K-", "BK--", "BK--", "B", "-")
+    inputs = ("B-N-", "BK--", "BK--", "B", "-")
     local = functools.partial(_chunk, window=window)
-    return sharding.split_kernel(local, q.shape[0], inputs, "B-K-")(q, keys, values, starts, jnp.reshape(offset, 1))
+    return sharding.split_kernel(local, q.shape[0], inputs, "B-N-")(q, keys, values, starts, jnp.reshape(offset, 1))
+
+
+def chunk_part(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"]]:
+    """As `reference.chunk_part`, on one device; the output is rounded to q's dtype."""
+    arrays = q, keys, values, starts, jnp.reshape(offset, 1)
+    out, normaliser = _call(*arrays, "chunk_attention", TILE, dim=q.shape[-1], step=1, keep_normaliser=True)
+    return out[:, : q.shape[1], :, : q.shape[-1]], normaliser[:, : q.shape[1]] / math.log2(math.e)
 
 
 def _chunk(q: Array, keys: Array, values: Array, starts: Array, offset: Array, window: int | None) -> Array:
@@ -127,7 +140,7 @@ def _attend(
     capacity = keys_ref.shape[2]
     query, lane, lanes = number * queries + jnp.arange(queries), jnp.arange(q_ref.shape[3]), jnp.arange(slots)
     start, offset = plt.load(starts_ref.at[row]), plt.load(offset_ref.at[jnp.int32(0)])
-    query_slot = offset + query * step
+    query_slot = jnp.minimum(offset + query * step, capacity - 1)  # queries may stand behind a part of a cache
     stored_dim = keys_ref.shape[3]
     lane_in_range = lane if lane.size == stored_dim else jnp.minimum(lane, stored_dim - 1)
     q = plt.load(q_ref.at[row, query[:, None], head, lane[None, :]])
@@ -161,15 +174,16 @@ def _attend(
         jnp.zeros(queries, jnp.float32),
         jnp.zeros((queries, lane.size), jnp.float32),
     )
-    first = start // slots
+    # a row may begin before the first slot, and the queries may stand before it or behind the last one
+    first = jnp.maximum(start, 0) // slots
     # the first block with slots that some of the queries do not see
-    unmasked_end = jnp.maximum((offset + number * queries * step) // slots, first)
-    if window is not None:  # every block holds such slots; a row may begin before the first slot
+    unmasked_end = jnp.clip(offset + number * queries * step, 0, capacity) // slots
+    unmasked_end = jnp.maximum(unmasked_end, first)
+    if window is not None:  # every block holds such slots
         first = jnp.maximum(jnp.maximum(start, offset + number * queries - window + 1), 0) // slots
         unmasked_end = first
-    end = (offset + ((number + 1) * queries - 1) * step + slots) // slots
-    if step > 1:  # the slots of padding queries lie far past the end of the cache
-        end = jnp.minimum(end, pl.cdiv(capacity, slots))
+    end = jnp.maximum(offset + ((number + 1) * queries - 1) * step + slots, 0) // slots
+    end = jnp.minimum(end, pl.cdiv(capacity, slots))
     unmasked_begin = jnp.minimum(first + 1, unmasked_end)
     carry = lax.fori_loop(first, unmasked_begin, functools.partial(attend_block, masked=True), carry)
     carry = lax.fori_loop(unmasked_begin, unmasked_end, functools.partial(attend_block, masked=False), carry)

@@ -64,15 +64,19 @@ def load_slots(slot_ref: Any, row_in_range: Array) -> Array:
 
 
 def store_in_cache(ref: Any, rows: int, head: Array, slot: Array, lane: Array, values: Array) -> None:
-    """Store rows in the cache; one by one when interpreted, since a masked store would overwrite a live row there."""
+    """Store rows in the cache, which may be a part of one: rows with a slot outside of it are left out. One by one when
+    interpreted, since a masked store would overwrite what is there."""
+    last = ref.shape[2] - 1
     if not triton_call.INTERPRET:
         row = jnp.arange(values.shape[0])[:, None]
-        mask = jnp.broadcast_to(row < rows, values.shape)
-        plt.store(ref.at[jnp.minimum(row, rows - 1), head, slot, lane], values, mask=mask)
+        mask = jnp.broadcast_to((row < rows) & (slot >= 0) & (slot <= last), values.shape)
+        plt.store(ref.at[jnp.minimum(row, rows - 1), head, jnp.clip(slot, 0, last), lane], values, mask=mask)
         return
     for row in range(rows):
         its_slot = slot if slot.ndim == 0 else slot[row, 0]
-        plt.store(ref.at[jnp.int32(row), head, its_slot, lane], values[row : row + 1])
+        at = ref.at[jnp.int32(row), head, jnp.clip(its_slot, 0, last), lane]
+        is_here = (its_slot >= 0) & (its_slot <= last)
+        plt.store(at, jnp.where(is_here, values[row : row + 1], plt.load(at)))
 
 
 def store_scaled(

@@ -68,8 +68,31 @@ def block(
 ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
     """As `Implementation.block`; the pass that makes the output also writes the first query's logits."""
     out, normaliser, logits = _attend(q, keys, values, starts, begins, with_logits=True)
-    groups = q.shape[2] // keys.shape[1]
-    return out, selection.group_maximum(logits - normaliser[:, :, :groups, None])
+    return out, selection.group_maximum(logits - normaliser[:, :, 0, :, None])
+
+
+def chunk_part(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    offset: Int[Array, ""],
+) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"]]:
+    """As `reference.chunk_part`."""
+    return block_part(q, keys, values, starts, jnp.broadcast_to(offset, starts.shape), with_logits=False)[:2]
+
+
+def block_part(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    begins: Int[Array, " B"],
+    with_logits: bool = True,
+) -> tuple[Array, Array, Any]:
+    """As `Implementation.block_part`; without logits if they are not asked for."""
+    out, normaliser, *logits = _attend(q, keys, values, starts, begins, with_logits, unrounded=True)
+    return out, normaliser.swapaxes(1, 2).reshape(q.shape[:3]), next(iter(logits), None)
 
 
 def window_scores(
@@ -80,21 +103,48 @@ def window_scores(
     length: Int[Array, ""],
 ) -> Float[Array, "B K S"]:
     """As `reference.window_scores`: a pass for the queries' normalisers, and one in which every slot is scored."""
-    offset = length - q.shape[1]
-    offsets = jnp.broadcast_to(offset, starts.shape)
-    _, normaliser = _attend(q, keys, values, starts, offsets)[:2]
-    inputs = ("B-K-", "BK--", "BK-", "B", "B")
+    return window_scores_by(q, keys, starts, length, window_normaliser(q, keys, values, starts, length))
+
+
+def window_normaliser(
+    q: Float[Array, "B W N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    length: Int[Array, ""],
+) -> Float[Array, "B K W G"]:
+    """Each query's logsumexp."""
+    return _attend(q, keys, values, starts, jnp.broadcast_to(length - q.shape[1], starts.shape))[1]
+
+
+def window_scores_by(
+    q: Float[Array, "B W N H"],
+    keys: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    length: Int[Array, ""],
+    normaliser: Float[Array, "B K W G"],
+) -> Float[Array, "B K S"]:
+    """The scores by these normalisers."""
+    offsets = jnp.broadcast_to(length - q.shape[1], starts.shape)
+    inputs = ("B-N-", "BK--", "BK-G", "B", "B")
     local = sharding.split_kernel(_scores_on_device, q.shape[0], inputs, "BK-")
     return local(q, keys, normaliser, starts, offsets)
 
 
 def _attend(
-    q: Array, keys: Array, values: Array, starts: Array, offsets: Array, with_logits: bool = False
+    q: Array,
+    keys: Array,
+    values: Array,
+    starts: Array,
+    offsets: Array,
+    with_logits: bool = False,
+    unrounded: bool = False,
 ) -> tuple[Array, ...]:
-    """The output [B, C, N, H], each query's logsumexp [B, K, C G], and if asked for the first token's logits [B, K, G, S].
+    """The output [B, C, N, H] (`unrounded`: in float32), each query's logsumexp [B, K, C, G], and if asked for the first
+    token's logits [B, K, G, S].
     `offsets` [B] are the slots of the rows' first queries."""
-    inputs, outputs = ("B-K-", "BK--", "BK--", "B", "B"), ("B-K-", "BK-", *(("BK--",) if with_logits else ()))
-    local = functools.partial(_attend_on_device, with_logits=with_logits)
+    inputs, outputs = ("B-N-", "BK--", "BK--", "B", "B"), ("B-N-", "BK-G", *(("BKG-",) if with_logits else ()))
+    local = functools.partial(_attend_on_device, with_logits=with_logits, unrounded=unrounded)
     return sharding.split_kernel(local, q.shape[0], inputs, outputs)(q, keys, values, starts, offsets)
 
 
@@ -106,7 +156,7 @@ def _by_kv_head(q: Array, kv_heads: int) -> Array:
 
 
 def _attend_on_device(
-    q: Array, keys: Array, values: Array, starts: Array, offsets: Array, with_logits: bool
+    q: Array, keys: Array, values: Array, starts: Array, offsets: Array, with_logits: bool, unrounded: bool
 ) -> tuple[Array, ...]:
     batch, width, heads, dim = q.shape
     kv_heads = keys.shape[1]
@@ -134,8 +184,9 @@ def _attend_on_device(
         width=width,
         dim=dim,
     )
-    out, normaliser = merge(outs, peaks, totals, (), rows, dim, q.dtype)
+    out, normaliser = merge(outs, peaks, totals, (), rows, dim, jnp.dtype(jnp.float32) if unrounded else q.dtype)
     out = out.reshape(batch, kv_heads, width, groups, dim).transpose(0, 2, 1, 3, 4).reshape(q.shape)
+    normaliser = normaliser.reshape(batch, kv_heads, width, groups)
     return (out, normaliser, *(one[:, :, :groups, : keys.shape[2]] for one in logits))
 
 
@@ -172,7 +223,8 @@ def _attend_part(
     row, head = of_head // kv_heads, of_head % kv_heads
     query, lane, lanes = number * tile + jnp.arange(tile), jnp.arange(q_ref.shape[3]), jnp.arange(block_slots)
     start, offset = plt.load(starts_ref.at[row]), plt.load(offsets_ref.at[row])
-    query_slot = offset + jnp.minimum(query // groups, width - 1)
+    # queries may stand before or behind a part of a cache
+    query_slot = jnp.minimum(offset + jnp.minimum(query // groups, width - 1), keys_ref.shape[2] - 1)
     q = plt.load(q_ref.at[row, head, query[:, None], lane[None, :]])
 
     def attend_block(block: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -195,8 +247,9 @@ def _attend_part(
         jnp.zeros(tile, jnp.float32),
         jnp.zeros((tile, lane.size), jnp.float32),
     )
-    first, end = start // block_slots, (offset + width + block_slots - 1) // block_slots
-    share = (end - first + parts - 1) // parts
+    first = jnp.maximum(start, 0) // block_slots
+    end = (jnp.clip(offset + width, 0, keys_ref.shape[2]) + block_slots - 1) // block_slots
+    share = (jnp.maximum(end - first, 0) + parts - 1) // parts
     begin = first + part * share
     peak, total, out = lax.fori_loop(begin, jnp.minimum(begin + share, end), attend_block, carry)
     plt.store(out_ref.at[row, head, part, query[:, None], lane[None, :]], out)
@@ -214,8 +267,7 @@ def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, o
     tile, blocks = max(LEAST, pl.next_power_of_2(width)), pl.cdiv(capacity, SCORED)
     q = q.reshape(batch, width, kv_heads, groups, dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, W, H]
     q = jnp.pad(q, [(0, 0)] * 3 + [(0, tile - width), (0, lanes - dim)])
-    normaliser = normaliser.reshape(batch, kv_heads, width, groups).swapaxes(2, 3)
-    normaliser = jnp.pad(normaliser, [(0, 0)] * 3 + [(0, tile - width)])
+    normaliser = jnp.pad(normaliser.swapaxes(2, 3), [(0, 0)] * 3 + [(0, tile - width)])
     (scores,) = triton_call.call(
         _score_block,
         [q, keys, normaliser, starts, offsets],
@@ -227,7 +279,7 @@ def _scores_on_device(q: Array, keys: Array, normaliser: Array, starts: Array, o
         width=width,
         dim=dim,
     )
-    return scores[:, :, :capacity]
+    return sharding.over_heads(lax.pmax, scores[:, :, :capacity], (sharding.GROUP,))
 
 
 def _score_block(
