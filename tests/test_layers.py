@@ -65,7 +65,15 @@ COMMANDS = [
     "together",
     "hosts",
     "command_line backends run_log documents compiling",
+    "programs",
     "corpus converse",
+]
+SERVE = [
+    "jobs kept_states",
+    "asked engine",
+    "metrics",
+    "app",
+    "__main__",
 ]
 TRAIN = [
     "config",
@@ -91,6 +99,7 @@ def levels():
         *names(LIBRARY, "recyc_jax"),
         {"recyc_jax"},
         *names(COMMANDS, "recyc_jax.commands"),
+        *names(SERVE, "recyc_jax.serve"),
         {"recyc_jax.__main__"},
         *names(TRAIN, "train"),
     ]
@@ -98,8 +107,11 @@ def levels():
 
 
 LEVEL = levels()
-PACKAGES = {f"recyc_jax.{name}" for name in ("attention", "kernels", "kernels.gpu", "kernels.tpu", "policies", "loading",
-                                             "commands", "kernels.gpu.whole_sequence")} | {"train", "eval"}  # fmt: skip
+SUBPACKAGES = (
+    *("attention", "kernels", "kernels.gpu", "kernels.gpu.whole_sequence", "kernels.tpu"),
+    *("policies", "loading", "commands", "serve"),
+)
+PACKAGES = {f"recyc_jax.{name}" for name in SUBPACKAGES} | {"train", "eval"}
 KNOWN = {*LEVEL, *PACKAGES}
 
 
@@ -148,7 +160,9 @@ def test_the_library_knows_no_command():
         for name, path in modules(package):
             tops = {module.split(".")[0] for module in imported(path)}
             assert not tops & set(forbidden), f"{name} imports from {tops & set(forbidden)}"
-            if package == "recyc_jax" and not name.startswith(("recyc_jax.commands", "recyc_jax.__main__")):
+            if package == "recyc_jax" and not name.startswith(
+                ("recyc_jax.commands", "recyc_jax.serve", "recyc_jax.__main__")
+            ):
                 assert not [module for module in imported(path) if module.startswith("recyc_jax.commands")], name
 
 
@@ -199,10 +213,15 @@ def test_names_that_moved_say_so():
 EXTRAS = {
     "recyc_jax": (),
     "recyc_jax.commands": ("eval", "train"),
+    "recyc_jax.serve": ("serve",),
     "eval": ("eval",),
     "train": ("train", "tensorboard"),
 }
-OPTIONAL = {"eval.peer": {"torch"}, "train.metrics": {"wandb"}}  # commands that say themselves what they lack
+OPTIONAL = {
+    "eval.peer": {"torch"},
+    "eval.harness": {"lm_eval", "tqdm"},
+    "train.metrics": {"wandb"},
+}  # commands that say themselves what they lack
 
 
 def test_third_party_modules_are_declared():
@@ -217,7 +236,7 @@ def test_third_party_modules_are_declared():
     for package, allowed in EXTRAS.items():
         declared = distributions("") | set().union(*map(distributions, allowed))
         for name, path in modules(package.replace(".", "/")):
-            if package == "recyc_jax" and name.startswith("recyc_jax.commands"):
+            if package == "recyc_jax" and name.startswith(("recyc_jax.commands", "recyc_jax.serve")):
                 continue
             optional = set().union(*(some for of, some in OPTIONAL.items() if name.startswith(of)))
             for top in imported_tops(path) - set(sys.stdlib_module_names) - {"recyc_jax", "eval", "train"} - optional:

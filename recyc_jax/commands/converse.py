@@ -20,8 +20,6 @@ COMMANDS = """/reset            forget the conversation
 /save FOLDER      keep the conversation, with all that the model has read
 /load FOLDER      go on with one that was kept
 /quit             end (as does Ctrl-D); Ctrl-C ends an answer"""
-PROGRAMS_BYTES = 2**31
-"""The most room that kept programs take; the least recently used go."""
 _EXAMPLES = {"/policy": "full", "/save": "talk-of-today", "/load": "talk-of-today"}
 
 
@@ -67,7 +65,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     command_line.check_counts(max_new_tokens=config.max_new_tokens)
     command_line.check_policies([config.policy], [2**20])
     document = _read(config.file)
-    from recyc_jax.commands import backends
+    from recyc_jax.commands import backends, programs
 
     backends.select(config.backend)
     import jax
@@ -75,7 +73,7 @@ def _prepare(config: Config) -> Callable[[], None]:
 
     import recyc_jax as rj
 
-    _keep_programs()
+    programs.keep()
     sampling: Any = rj.Greedy()
     if config.temperature != 0:
         sampling = rj.Sample(config.temperature, config.top_k, config.top_p)
@@ -87,21 +85,6 @@ def _prepare(config: Config) -> Callable[[], None]:
     options: dict[str, Any] = dict(policy=config.policy, max_new_tokens=config.max_new_tokens, system=config.system)
     talk = lm.conversation(sampling=sampling, key=jax.random.key(config.seed), **options)
     return lambda: _converse(talk, document) if config.chat else _answer(talk, _turn(document, config.prompt))
-
-
-def _keep_programs() -> None:
-    """Compiled programs are kept beside the models, so that a second start answers at once; not where the user has named
-    a place of their own (JAX_COMPILATION_CACHE_DIR), or nothing can be written."""
-    import jax
-
-    from recyc_jax.loading import fetch
-
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
-        with contextlib.suppress(OSError):
-            folder = fetch.cache_dir() / "programs"
-            folder.mkdir(parents=True, exist_ok=True)
-            jax.config.update("jax_compilation_cache_max_size", PROGRAMS_BYTES)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _read(file: Path | None) -> str:
