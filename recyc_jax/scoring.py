@@ -28,6 +28,7 @@ class Scores(NamedTuple):
     log_probabilities: Array  # float32 [B, M]
     full_steps: Array  # int32 [B, L]: full-attention decode steps, M - 1 steps being taken
     states: tuple[Any, ...]  # the policy's state of each layer after the last step: for diagnostics
+    most_likely: Array  # bool [B, M]: whether the token is the one that greedy decoding would have chosen there
 
 
 def score(
@@ -116,16 +117,18 @@ def score_tokens(
 ) -> tuple[Scores, Prefilled]:
     """The program behind `score_after`."""
 
-    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Array, Array, Any]:
-        """The next token is the text's; its log-probability is recorded."""
+    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Any, Array, Any]:
+        """The next token is the text's; its log-probability is recorded, and whether it is the most likely one."""
         token = lax.dynamic_index_in_dim(tokens, carry.step, axis=1, keepdims=False)
-        log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-        return token, jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0], carry.done, ()
+        its = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=1)[:, 0]
+        return token, (its, jnp.argmax(logits, axis=-1) == token), carry.done, ()
 
-    output = jnp.zeros(tokens.shape, jnp.float32)
+    output = jnp.zeros(tokens.shape, jnp.float32), jnp.zeros(tokens.shape, jnp.bool_)
     attention = implementations.resolve(implementation)
     end = generation_loop.run(params, config, state, policy, attention, choose, output, None)
-    return Scores(end.output, end.full_steps, end.policy_states), rewound_to(end.cache, state)
+    log_probabilities, most_likely = end.output
+    scores = Scores(log_probabilities, end.full_steps, end.policy_states, most_likely)
+    return scores, rewound_to(end.cache, state)
 
 
 @jax.custom_jvp
