@@ -68,6 +68,11 @@ COMMANDS = [
     "programs",
     "corpus converse",
 ]
+INSPECT = [
+    "watched",
+    "page",
+    "__main__",
+]
 SERVE = [
     "jobs kept_states",
     "asked engine",
@@ -100,6 +105,7 @@ def levels():
         {"recyc_jax"},
         *names(COMMANDS, "recyc_jax.commands"),
         *names(SERVE, "recyc_jax.serve"),
+        *names(INSPECT, "recyc_jax.inspect"),
         {"recyc_jax.__main__"},
         *names(TRAIN, "train"),
     ]
@@ -109,7 +115,7 @@ def levels():
 LEVEL = levels()
 SUBPACKAGES = (
     *("attention", "kernels", "kernels.gpu", "kernels.gpu.whole_sequence", "kernels.tpu"),
-    *("policies", "loading", "commands", "serve"),
+    *("policies", "loading", "commands", "serve", "inspect"),
 )
 PACKAGES = {f"recyc_jax.{name}" for name in SUBPACKAGES} | {"train", "eval"}
 KNOWN = {*LEVEL, *PACKAGES}
@@ -161,7 +167,7 @@ def test_the_library_knows_no_command():
             tops = {module.split(".")[0] for module in imported(path)}
             assert not tops & set(forbidden), f"{name} imports from {tops & set(forbidden)}"
             if package == "recyc_jax" and not name.startswith(
-                ("recyc_jax.commands", "recyc_jax.serve", "recyc_jax.__main__")
+                ("recyc_jax.commands", "recyc_jax.serve", "recyc_jax.inspect", "recyc_jax.__main__")
             ):
                 assert not [module for module in imported(path) if module.startswith("recyc_jax.commands")], name
 

@@ -11,10 +11,8 @@ from typing import Any
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool
 
 from recyc_jax.attention.implementation import Implementation
-from recyc_jax.attention.kept import Reads
 from recyc_jax.cache import Leaf
 from recyc_jax.policies.base import Attended, Caches, Policy, PromptNeeds, PromptStats, Step
 from recyc_jax.policies.snapkv import SnapKV
@@ -56,20 +54,10 @@ class Probe(Policy):
         shares = []
         for policy, candidate in zip(self.candidates, state.states, strict=True):
             kept, reads = policy.reads(PLAIN, step, candidate)
-            is_read = slots_read(kept.slots, reads, step.cached.capacity)
+            is_read = kept.mask(reads, step.cached.capacity)
             shares.append(jnp.sum(jnp.where(is_read[:, :, None], weights, 0), axis=-1))
         budget = min(self.candidates[0].budget, weights.shape[-1])
         shares.append(jnp.sum(lax.top_k(jnp.mean(weights, axis=2, keepdims=True), budget)[0], axis=-1))
         now = jnp.stack([jnp.mean(share, axis=(1, 2)) for share in shares], axis=-1)
         covered = lax.dynamic_update_slice_in_dim(state.covered, now[:, None], step.number - 1, axis=1)
         return Attended(out, Followed(state.states, covered), full=jnp.ones_like(step.done))
-
-
-def slots_read(slots: Array, reads: Reads, capacity: int) -> Bool[Array, "B K S"]:
-    """A mask of the slots that a step reads, of the kept set's `slots` [B, K, R] and of the newest slots."""
-    remaining, first = reads.remaining(slots.shape[2])
-    remains = (jnp.arange(slots.shape[2]) < remaining[:, None, None]) & (slots >= 0)
-    every = jnp.arange(capacity, dtype=jnp.int32)
-    listed = jnp.any((slots[..., None] == every) & remains[..., None], axis=2)
-    newest = (every >= first[:, None]) & (every < reads.length)
-    return (listed & (every < reads.length)) | newest[:, None]

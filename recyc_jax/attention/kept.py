@@ -95,6 +95,14 @@ class KeptSlots:
         new = jnp.broadcast_to(jnp.where(is_new, newest_slots, -1)[:, None], (*self.slots.shape[:2], reads.most))
         return jnp.concatenate([jnp.where(remains, self.slots, -1), new], axis=2)
 
+    def mask(self, reads: Reads, capacity: int) -> Bool[Array, "B K S"]:
+        """Which of the cache's `capacity` slots a step reads."""
+        slots = self._read_slots(reads)
+        rows, heads = (jnp.arange(size, dtype=jnp.int32) for size in slots.shape[:2])
+        nowhere = jnp.where(slots < 0, capacity, slots)
+        none = jnp.zeros((*slots.shape[:2], capacity), jnp.bool_)
+        return none.at[rows[:, None, None], heads[:, None], nowhere].set(True, mode="drop")
+
     def replaced(self, cached: LayerCache, entries: Bool[Array, "B K R"], slot: Int[Array, ""]) -> KeptSlots:
         """The set with `slot` in place of the marked entries."""
         return dataclasses.replace(self, slots=jnp.where(entries, slot, self.slots))

@@ -144,8 +144,9 @@ def dtype_name(dtype: str) -> str:
     return usual if dtype == "auto" else dtype
 
 
-def progress() -> Any:
+def progress(on_stderr: bool = False) -> Any:
     """A progress bar with counts, elapsed time and remaining time."""
+    from rich import console
     from rich import progress as rich
 
     return rich.Progress(
@@ -155,6 +156,7 @@ def progress() -> Any:
         rich.TimeElapsedColumn(),
         rich.TextColumn("left:"),
         rich.TimeRemainingColumn(elapsed_when_finished=False, compact=False),
+        console=console.Console(stderr=on_stderr),
     )
 
 
