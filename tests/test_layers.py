@@ -49,6 +49,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "generation_checks",
     "generation",
     "scoring turns spelling",
+    "testing",
     "streaming",
     "text",
     "loading.fetch loading.json_files loading.tokenizer loading.gguf_fields",

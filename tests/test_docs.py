@@ -1,0 +1,77 @@
+"""The pages: their links have targets, their Python runs, and their commands exist with the flags that they show."""
+
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NEEDS = {  # what a block needs that is not here, by a word of it
+    "import openai": "a server that runs: tests/test_serve.py has the same calls",
+    "sharding.mesh": "several devices: tests/test_meshes.py",
+}
+SLOW = {"README.md", "conversations.md"}  # tests/test_readme.py runs them, on SmolLM2
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\((?!https?://|mailto:)([^)#\s]*)(#[^)\s]*)?\)", text):
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor and found.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor[1:] in slugs, f"{page.name} links to {target}{anchor}"
+
+
+PYTHON = [
+    pytest.param(page, number, id=f"{page.stem}-{number}")
+    for page in PAGES
+    if page.name not in SLOW
+    for number, block in enumerate(blocks(page, "python"))
+    if not any(word in block for word in NEEDS)
+]
+
+
+@pytest.mark.parametrize(("page", "number"), PYTHON)
+def test_python_runs(page, number):
+    exec(blocks(page, "python")[number], {"__name__": "example"})
+
+
+def commands():
+    """The lines that start this project's modules: (page, module, flags)."""
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in re.split(r"\n|&&", block.replace("\\\n", " ")):
+                words = shlex.split(line, comments=True)
+                for place, word in enumerate(words[:-1]):
+                    if word == "-m" and words[place + 1].startswith(("recyc_jax", "eval.", "train.")):
+                        yield page, words[place + 1], words[place + 2 :]
+
+
+def test_commands_have_the_flags_that_pages_show(capsys):
+    """Every flag is one that the module's --help lists. Whole command lines are run where their subject is tested."""
+    helps, seen = {}, 0
+    for page, module, words in commands():
+        if module == "eval.harness":  # the harness's own flags
+            continue
+        if module not in helps:
+            found = importlib.import_module(module)
+            if hasattr(found, "__path__"):
+                found = importlib.import_module(f"{module}.__main__")
+            with pytest.raises(SystemExit) as ended:
+                found.main(["--help"])
+            assert ended.value.code == 0
+            helps[module] = capsys.readouterr().out
+        for word in words:
+            if word.startswith("--"):
+                assert word.partition("=")[0] in helps[module], f"{page.name}: {module} has no {word}"
+        seen += 1
+    assert seen > 20
