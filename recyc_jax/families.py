@@ -233,7 +233,7 @@ def _stated_layer_types(hf: HF, layers: int, supported: tuple[str, ...]) -> list
     stated = hf.get("layer_types")
     if stated is None or stated in ([], ()):
         return None
-    odd = [kind for kind in stated if kind not in supported] if isinstance(stated, list | tuple) else stated
+    odd = [kind for kind in stated if kind not in supported] if isinstance(stated, list | tuple) else [stated]
     if odd or len(stated) != layers:
         raise ValueError(
             f"layer_types={odd or stated!r} must give {' or '.join(supported)} for each of {layers} layers"

@@ -247,7 +247,10 @@ def load_state(folder: Path | str, params: Any, config: LlamaConfig) -> Any:
 
 def _decoded(node: Any, arrays: dict[str, np.ndarray], rows: int, kv_heads: int) -> Any:
     """The tree that `_encoded` gave as JSON."""
-    kind, value = next((kind, value) for kind, value in node.items() if kind != "fields" and kind != "generator")
+    said = {kind: value for kind, value in node.items() if kind not in ("fields", "generator")}
+    if len(said) != 1:
+        raise ValueError(f"a node of its tree says {sorted(said)}, where one word belongs")
+    ((kind, value),) = said.items()
 
     def inner(one: Any) -> Any:
         return _decoded(one, arrays, rows, kv_heads)

@@ -105,6 +105,8 @@ def test_old_and_new_rope_fields_agree():
         ("eos_token_id", "two"),
         ("eos_token_id", -1),
         ("layer_types", 3),
+        ("layer_types", 0),
+        ("layer_types", {}),
         ("layer_types", [["full_attention"]]),
         ("rope_scaling", ["yarn"]),
         ("rope_scaling", {"rope_type": ["llama3"]}),

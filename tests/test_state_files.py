@@ -136,7 +136,9 @@ def test_another_model_is_refused(params, config, tmp_path):
     assert state_files.described(swapped, config) != state_files.described(params, config)
 
 
-@pytest.mark.parametrize("damage", ["shortened", "flipped", "zeroed", "missing", "card", "no card", "format", "class"])
+@pytest.mark.parametrize(
+    "damage", ["shortened", "flipped", "zeroed", "missing", "card", "no card", "format", "empty", "class"]
+)
 def test_a_torn_file_is_noticed(params, config, tmp_path, damage):
     rj.prefill(params, config, [[5, 9, 3]], policies="full").save(tmp_path)
     (file,), card = tmp_path.glob("*.safetensors"), tmp_path / "card.json"
@@ -155,6 +157,10 @@ def test_a_torn_file_is_noticed(params, config, tmp_path, damage):
         card.unlink()
     elif damage == "format":
         card.write_text(text.replace('"format": 1', '"format": 7'))
+    elif damage == "empty":
+        told = json.loads(text)
+        told["tree"]["fields"]["cache"] = {}
+        card.write_text(json.dumps(told))
     else:
         card.write_text(text.replace("recyc_jax.cache:KVCache", "subprocess:Popen"))
     with pytest.raises(ValueError, match=r"safetensors|card\.json"):

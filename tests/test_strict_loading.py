@@ -240,6 +240,22 @@ def test_a_tokenizer_of_another_version_is_named(tmp_path, change):
     assert "\n" not in str(error.value)
 
 
+def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path, monkeypatch):
+    """Rust's panics are no `Exception`s: a damaged tokenizer.json gave one."""
+    import transformers
+
+    class PanicException(BaseException):
+        pass
+
+    def panics(*_, **__):
+        raise PanicException("range end index 16 out of range for slice of length 14")
+
+    checkpoints.write_folder(tmp_path)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", panics)
+    with pytest.raises(ValueError, match=r"cannot read its tokenizer\.json.*range end index 16"):
+        rj.load_pretrained(str(tmp_path))
+
+
 def test_special_tokens_around_a_text(tmp_path):
     checkpoints.write_folder(tmp_path)
     file, plain = tmp_path / "tokenizer.json", tokenizer.load_tokenizer(tmp_path)

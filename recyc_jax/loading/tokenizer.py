@@ -18,7 +18,9 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises plain Exceptions, libraries that are missing anything
+    except BaseException as error:  # tokenizers raises plain Exceptions or panics, libraries that are missing anything
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | GeneratorExit):
+            raise
         raise ValueError(f"{folder}: its tokenizer cannot be loaded; {_advice(folder, error)}") from None
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
@@ -26,7 +28,7 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _advice(folder: Path, error: Exception) -> str:
+def _advice(folder: Path, error: BaseException) -> str:
     """What to do about a tokenizer that cannot be loaded, and the library's own words."""
     words = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
     if (folder / "tokenizer.json").is_file():
