@@ -1,9 +1,11 @@
 """The pages: their links have targets, their Python runs, and their commands exist with the flags that they show."""
 
 import importlib
+import json
 import re
 import shlex
 
+import jax
 import pytest
 from conftest import ROOT
 
@@ -42,7 +44,25 @@ PYTHON = [
 
 @pytest.mark.parametrize(("page", "number"), PYTHON)
 def test_python_runs(page, number):
-    exec(blocks(page, "python")[number], {"__name__": "example"})
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        exec(blocks(page, "python")[number], {"__name__": "example"})
+
+
+@pytest.mark.slow  # CI always runs it
+def test_the_notebook_says_what_it_does(tmp_path, monkeypatch, capsys):
+    """Its cells run, on SmolLM2, and print what is stored in it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "motivation.ipynb").read_text())["cells"]
+    names = {}
+    with jax.numpy_dtype_promotion("standard"):
+        for cell in (one for one in cells if one["cell_type"] == "code"):
+            capsys.readouterr()
+            exec("".join(cell["source"]), names)
+    (stored,) = (output["text"] for output in cell["outputs"] if output["output_type"] == "stream")
+    assert capsys.readouterr().out == "".join(stored)
 
 
 def commands():
