@@ -61,6 +61,15 @@ def mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def sizes(device_mesh: Any) -> dict[str, int]:
+    """The sizes that `mesh` was asked for, by name; that of `sequence` where it is not 1."""
+    shape = dict(device_mesh.shape)
+    tensor = shape.get(TENSOR, 1) * shape.pop(GROUP, 1)
+    if shape.get(SEQUENCE, 1) == 1:
+        shape.pop(SEQUENCE, None)
+    return shape | {TENSOR: tensor}
+
+
 def check_divides(config: LlamaConfig, fsdp: int, tensor: int) -> None:
     """Raise ValueError, naming the dimension, if a parameter of this model cannot be split over axes of these sizes."""
     # with fewer key/value heads than devices, groups of devices share one

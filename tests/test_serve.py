@@ -18,7 +18,7 @@ import openai
 import pytest
 from checkpoints import write_folder
 from conftest import environment
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import recyc_jax as rj
@@ -353,6 +353,7 @@ NAMES = (
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), json_values), st.booleans())
 def test_whatever_is_asked_is_understood_or_refused(reader, fields, is_chat):
     ask = reader.chat if is_chat else reader.completion

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
+from recyc_jax import sharding
 from train import state
 from train.config import eval_lengths
 from train.run import Run
@@ -19,7 +20,7 @@ def describe(run: Run) -> int:
     per_step = config.batch_size * config.length
     device = mesh.devices.flat[0]
     lines = {
-        "mesh": " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        "mesh": " x ".join(f"{name} {size}" for name, size in sharding.sizes(mesh).items())
         + f" on {mesh.size} x {device.device_kind}",
         "parameters": f"{count:,}",
         "recycle": "off" if run.recycle is None else f"{config.recycle}, {run.recycle}",

@@ -97,7 +97,7 @@ def make(config: Config) -> Run:
         recycle=recycle,
         optimizer=optimizer,
         dtype=dtype,
-        mesh=mesh.shape,
+        mesh=sharding.sizes(mesh),
         attention=attention,
     )
     return Run(
