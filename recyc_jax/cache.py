@@ -122,9 +122,8 @@ class LayerCache:
         assert not self.slots_last
         width, slot = min(k.shape[1], self.capacity), slot - sharding.first_slot(self.capacity)
         begin = jnp.clip(slot, 0, self.capacity - width)
-        number = (begin - slot)[..., None] + jnp.arange(
-            width, dtype=jnp.int32
-        )  # of the token in each slot, [B or none, W]
+        # the number of the token that belongs into each slot of the window: [B, W]
+        number = (begin - slot)[..., None] + jnp.arange(width, dtype=jnp.int32)
         number = jnp.broadcast_to(number, (k.shape[0], width))
         token = jnp.clip(number, 0, k.shape[1] - 1)
         is_here = (number == token) & jnp.take_along_axis(is_new, token, axis=1)

@@ -45,7 +45,7 @@ install_import_hook("recyc_jax", "beartype.beartype")  # works because its modul
 import recyc_jax as rj  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-pytest_plugins = ["training_runs"]  # fixtures of several files
+pytest_plugins = ["training_runs", "serving"]  # fixtures of several files
 
 
 def pytest_configure(config):

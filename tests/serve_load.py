@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import openai
-import test_serve
+import serving
 from checkpoints import write_folder
 
 import recyc_jax as rj
@@ -99,7 +99,7 @@ def main():
     config = parser.parse_args()
     folder = Path(tempfile.mkdtemp()) / "model"
     write_folder(folder)
-    server = test_serve.Server(folder, "--max-waiting", str(2 * config.clients), "--kept-gib", "0.05")
+    server = serving.Server(folder, "--max-waiting", str(2 * config.clients), "--kept-gib", "0.05")
     load = Load(server, config.seconds)
     threads = [threading.Thread(target=load.client, args=(number,)) for number in range(config.clients)]
     for thread in threads:
@@ -117,7 +117,7 @@ def main():
     checked = random.Random(0).sample(load.asked, min(config.checked, len(load.asked)))
     wrong = 0
     for ids, count, text in checked:
-        out = rj.generate(lm.params, lm.config, [ids], policy=test_serve.POLICY, max_new_tokens=count)
+        out = rj.generate(lm.params, lm.config, [ids], policy=serving.POLICY, max_new_tokens=count)
         tokens = out.tokens[0, : int(out.lengths[0])]
         wrong += text != lm.tokenizer.decode(tokens, skip_special_tokens=True)
     told = {

@@ -83,6 +83,25 @@ def test_a_policy_acts(folder):
     assert abs(got - scored("full")) > 0.01
 
 
+def test_repeated_requests_draw_anew_whatever_the_batch(folder):
+    asked = requests("generate_until", [("Emma", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12})] * 4)
+    one, four = (model(folder, batch_size=size).generate_until(asked, disable_tqdm=True) for size in (1, 4))
+    assert len(set(one)) > 1
+    assert one == four
+
+
+def test_a_special_token_that_stops_is_seen(folder):
+    """Special tokens are left out of texts, so a stop string that is one can be found only as a token."""
+    harness = model(folder)
+    (plain,) = harness.generate_until(requests("generate_until", [("Emma", {"max_gen_toks": 12})]), disable_tqdm=True)
+    first = harness.tokenizer.decode(harness.tokenizer.encode(plain)[3:4])
+    harness.tokenizer.add_special_tokens({"additional_special_tokens": [first]})
+    asked = requests("generate_until", [("Emma", {"max_gen_toks": 12, "until": [first]})])
+    (stopped,) = harness.generate_until(asked, disable_tqdm=True)
+    assert plain.startswith(stopped)
+    assert len(stopped) < len(plain)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -162,8 +162,8 @@ class RecycJax(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The text that follows each context, up to one of its stop strings."""
-        asked = []
-        for context, options in (request.args for request in requests):
+        asked, stop_ids = [], set(self.tokenizer.all_special_ids)
+        for number, (context, options) in enumerate(request.args for request in requests):
             options = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             if unknown := sorted(name for name in set(options) - set(KNOWN) if options[name] not in (None, 1, 1.0)):
                 raise ValueError(
@@ -172,23 +172,34 @@ class RecycJax(TemplateLM):
             most = int(options["max_gen_toks"])
             if most >= self.max_length:
                 raise ValueError(f"max_gen_toks={most} must be less than the model's context of {self.max_length}")
-            asked.append((self.tok_encode(context)[-(self.max_length - most) :], options))
+            asked.append((self.tok_encode(context)[-(self.max_length - most) :], options, number))
 
-        def kind(one: tuple[list[int], dict[str, Any]]) -> Any:
+        def kind(one: tuple[list[int], dict[str, Any], int]) -> Any:
             return bucket(len(one[0])), repr(sorted(one[1].items(), key=str))
 
-        def made(some: Sequence[tuple[list[int], dict[str, Any]]]) -> list[str]:
+        def made(some: Sequence[tuple[list[int], dict[str, Any], int]]) -> list[str]:
             lm, options = self._lm, some[0][1]
             stops = handle_stop_sequences(options.get("until"), eos=self.tokenizer.decode([self.eot_token_id]))
             most = int(options["max_gen_toks"])
+            # ends that are special tokens have no text in an answer: they end it as tokens
+            ids = [self.tokenizer.encode(stop, add_special_tokens=False) for stop in stops if stop]
+            ends = {
+                self.eot_token_id,
+                *lm.config.eos_token_ids,
+                *(i[0] for i in ids if len(i) == 1 and i[0] in stop_ids),
+            }
+            of_request = jax.random.key(int(options.get("seed") or self._seed))
+            # a request draws by its place, so that a repeated one draws anew, whatever the batch
+            keys = jax.vmap(lambda number: jax.random.fold_in(of_request, number))(np.asarray([one[2] for one in some]))
             stream = rj.stream(
                 lm.params,
                 lm.config,
-                [ids for ids, _ in some],
-                policy=policy_of(self._policy, max(len(ids) for ids, _ in some) + most),
+                [one[0] for one in some],
+                policy=policy_of(self._policy, max(len(one[0]) for one in some) + most),
                 max_new_tokens=most,
                 sampling=_sampling(options),
-                key=jax.random.key(self._seed),
+                key=keys,
+                eos_ids=sorted(ends),
             )
             tokens: list[list[int]] = [[] for _ in some]
             for piece in stream:
@@ -198,8 +209,7 @@ class RecycJax(TemplateLM):
                 stopped = [any(stop in text for stop in stops if stop) for text in texts]
                 if all(done or at_stop for done, at_stop in zip(piece.done, stopped, strict=True)):
                     break
-            # the end-of-sequence token, whose text special tokens are skipped in, ends the text too
-            kept = [its[:-1] if its and its[-1] in lm.config.eos_token_ids else its for its in tokens]
+            kept = [its[:-1] if its and its[-1] in ends else its for its in tokens]
             texts = [self.tokenizer.decode(its, skip_special_tokens=True) for its in kept]
             return [postprocess_generated_text(text, stops, None) for text in texts]
 
@@ -240,7 +250,8 @@ class RecycJax(TemplateLM):
 
 
 def _sampling(options: dict[str, Any]) -> Any:
-    if not options.get("do_sample") or not options.get("temperature"):
+    if not options.get("do_sample") or options.get("temperature") == 0:
         return rj.Greedy()
     restrictions = {name: options.get(name) for name in ("top_k", "top_p", "min_p")}
-    return rj.Sample(float(options["temperature"]), **restrictions)
+    temperature = options.get("temperature")
+    return rj.Sample(1.0 if temperature is None else float(temperature), **restrictions)

@@ -124,7 +124,9 @@ def _serve(config: Config, lm: Any, key: str | None, listening: Any) -> None:
     most = config.max_length or lm.config.max_position_embeddings
     name = config.name or config.model
     reader = Reader(lm.tokenizer, name, lm.config.vocab_size, most, config.max_new_tokens)
-    app = App(engine, reader, lm.tokenizer, metrics, Rules(key, config.max_body, config.time_limit)).routes()
+    hosts = LOOPBACK if config.host in LOOPBACK and key is None else None
+    rules = Rules(key, config.max_body, config.max_waiting, config.time_limit, hosts)
+    app = App(engine, reader, lm.tokenizer, metrics, rules).routes()
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -137,8 +139,15 @@ def _serve(config: Config, lm: Any, key: str | None, listening: Any) -> None:
     )
     host, port = listening.getsockname()[:2]
     print(f"{name} under {config.policy}: http://{host}:{port}/v1", file=sys.stderr, flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises the signal again once it has stopped
-        signal.signal(number, lambda *_: None)
+
+    def stop(*_: Any) -> None:
+        server.should_exit = True
+
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # before uvicorn has handlers of its own, and when it raises it again
+        signal.signal(number, stop)
     server.run([listening])
     engine.stop(GRACE if not server.force_exit else 0.0)
     print("stopped", file=sys.stderr, flush=True)

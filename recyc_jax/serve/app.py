@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -34,7 +35,9 @@ class Rules:
 
     api_key: str | None = None
     most_bytes: int = 8 * 2**20  # of a request's body
-    seconds: float = 600  # for a request, waiting included
+    most_jobs: int = 64  # prompts of a request
+    seconds: float = 600.0  # for a request, waiting included
+    hosts: tuple[str, ...] | None = None  # the names that requests may call the server by; None: any
 
 
 class App:
@@ -43,6 +46,7 @@ class App:
     def __init__(self, engine: Engine, reader: Reader, tokenizer: Any, metrics: Metrics, rules: Rules) -> None:
         self._engine, self._reader, self._tokenizer = engine, reader, tokenizer
         self._metrics, self._rules, self._began = metrics, rules, int(time.time())
+        self._understanding = asyncio.Semaphore(2)
         metrics.follow(engine)
 
     def routes(self) -> Starlette:
@@ -56,7 +60,7 @@ class App:
                 Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
                 Route("/v1/chat/completions", self._guarded(self._completions), methods=["POST"]),
             ],
-            exception_handlers={HTTPException: self._http_error},
+            exception_handlers={HTTPException: self._http_error, Exception: self._failure},
         )
 
     async def _health(self, request: Request) -> Response:
@@ -81,6 +85,7 @@ class App:
 
         async def guarded(request: Request) -> Response:
             try:
+                self._check_host(request)
                 self._check_key(request)
                 response = await handler(request)
             except RefusedError as error:
@@ -97,6 +102,15 @@ class App:
 
         return guarded
 
+    def _check_host(self, request: Request) -> None:
+        """A web page can have its own name lead to this machine, and would then ask as if it were at home here."""
+        try:
+            name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        except ValueError:
+            name = None
+        if self._rules.hosts is not None and name not in self._rules.hosts:
+            raise RefusedError(f"ask for http://{self._rules.hosts[0]}, not for {name!r}", status=403)
+
     def _check_key(self, request: Request) -> None:
         if self._rules.api_key is None:
             return
@@ -110,6 +124,9 @@ class App:
         known = "there is /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics"
         hint = {404: f"{request.url.path} is not here; {known}", 405: f"{request.method} is not for this path; {known}"}
         return _error(status, hint.get(status, getattr(error, "detail", "")))
+
+    async def _failure(self, request: Request, error: Exception) -> Response:
+        return _error(500, f"the server failed: {type(error).__name__}")
 
     async def _body(self, request: Request) -> bytes:
         """The body of a request. A browser sends JSON to another site only if that site agrees, which this one never does:
@@ -133,7 +150,13 @@ class App:
                 body = await self._body(request)
         except TimeoutError:
             raise RefusedError("the request's body did not come in time", status=408) from None
-        asked = await run_in_threadpool(understand, body)
+        if self._engine.is_full:  # before the work of reading the prompt
+            raise FullError("as many requests wait as may")
+        async with self._understanding:  # few at a time: long texts take memory before their tokens are counted
+            asked = await run_in_threadpool(understand, body)
+        del body
+        if len(asked.jobs) > self._rules.most_jobs:
+            raise RefusedError(f"a request may have {self._rules.most_jobs} prompts here", "prompt")
         answers = _Answers(asked, is_chat, self._reader.name, self._tokenizer)
         inbox = _Inbox(asked.jobs, began + self._rules.seconds, self._metrics)
         self._engine.submit(asked.jobs)
@@ -236,20 +259,27 @@ class _Answers:
         kind = "chat.completion" if is_chat else "text_completion"
         self._id, self._kind, self._model = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", kind, model
         self._created = int(time.time())
+        self._anchor = list(tokenizer("a", add_special_tokens=False)["input_ids"])[-1:]
         self._texts, self._reasons = [""] * len(asked.jobs), [""] * len(asked.jobs)
         self._tokens: list[list[Token]] = [[] for _ in asked.jobs]
+        self._offsets = [0] * len(asked.jobs)  # where the next token's text begins in that of all tokens
 
     def add(self, number: int, event: Event) -> list[dict[str, Any]]:
         """Take an event of a job; the chunks that it makes."""
         if isinstance(event, Delta):
-            offset = len(self._texts[number])
+            offset = self._offsets[number]
+            if self._scored(number):
+                self._offsets[number] += sum(len(self._spelled(token.id)) for token in event.tokens)
             self._texts[number] += event.text
             self._tokens[number] += event.tokens
-            is_said = bool(event.text) or self.asked.jobs[number].top is not None
+            is_said = bool(event.text) or self._scored(number)
             return [self._chunk([self._choice(number, event.text, event.tokens, offset, None)])] if is_said else []
         assert not isinstance(event, Failed)
         self._reasons[number] = event.reason
         return [self._chunk([self._choice(number, "", [], 0, event.reason)])]
+
+    def _scored(self, number: int) -> bool:
+        return self.asked.jobs[number].top is not None
 
     def opening(self) -> list[dict[str, Any]]:
         """The first chunks of a stream."""
@@ -289,7 +319,10 @@ class _Answers:
         return {"index": number, **said, "logprobs": scores, "finish_reason": reason}
 
     def _spelled(self, token: int) -> str:
-        return self._tokenizer.decode([token])
+        """The text of a token behind another one: at a text's beginning some tokenizers drop its space."""
+        before = self._tokenizer.decode(self._anchor)
+        text = self._tokenizer.decode([*self._anchor, token])
+        return text[len(before) :] if text.startswith(before) else self._tokenizer.decode([token])
 
     def _chat_scores(self, tokens: list[Token]) -> dict[str, Any]:
         def one(token: int, log_probability: float) -> dict[str, Any]:
@@ -309,7 +342,17 @@ class _Answers:
         for text in texts:
             offsets.append(offset)
             offset += len(text)
-        best = [{self._spelled(id): score for id, score in token.top} for token in tokens] if top else None
+        best = None
+        if top:
+            best = []
+            for token in tokens:
+                its: dict[str, float | None] = {}
+                for id, score in (
+                    *token.top,
+                    (token.id, token.log_probability),
+                ):  # the likeliest of those spelled alike
+                    its.setdefault(self._spelled(id), score)
+                best.append(its)
         return {
             "tokens": texts,
             "token_logprobs": [token.log_probability for token in tokens],

@@ -11,6 +11,8 @@ from recyc_jax.serve.jobs import TOP, Job
 from recyc_jax.text import prompt_ids
 
 MOST_STOPS, MOST_STOP_CHARACTERS, MOST_PROMPTS = 16, 256, 64
+LEAST_TEMPERATURE, LEAST_TOP_P = 1e-4, 1e-6
+"""Below these the most likely token is taken: float32 would divide by nothing."""
 DEFAULT_COMPLETION = 16
 """New tokens of a completion that asks for no number, as in OpenAI's interface."""
 REFUSED = {  # what is not done, and the values that ask for nothing
@@ -98,8 +100,8 @@ class Reader:
         if isinstance(prompt, str):
             try:
                 return prompt_ids(self._tokenizer, prompt)
-            except ValueError as error:
-                raise RefusedError(str(error), "prompt") from None
+            except Exception as error:  # tokenizers refuse half a surrogate pair, say, each in its own way
+                raise RefusedError(f"the prompt cannot be read: {error}", "prompt") from None
         if not all(0 <= token < self._vocabulary for token in prompt):
             raise RefusedError(f"a token id of the prompt is not in 0..{self._vocabulary - 1}", "prompt")
         return prompt
@@ -108,6 +110,7 @@ class Reader:
         self, fields: dict[str, Any], prompts: list[list[int]], tokens_name: str, default: int, top: int | None
     ) -> Asked:
         made = []
+        temperature = _number(fields, "temperature", 1.0, 0.0, 2.0)
         seed = _whole(fields, "seed", None, -(2**63), 2**64 - 1)
         for number, ids in enumerate(prompts):
             left = self._most_tokens - len(ids)
@@ -129,8 +132,8 @@ class Reader:
                 Job(
                     ids,
                     wanted,
-                    temperature=_number(fields, "temperature", 1.0, 0.0, 2.0),
-                    top_p=_number(fields, "top_p", 1.0, 0.0, 1.0) or 1e-6,
+                    temperature=temperature if temperature >= LEAST_TEMPERATURE else 0.0,
+                    top_p=max(_number(fields, "top_p", 1.0, 0.0, 1.0), LEAST_TOP_P),
                     presence=_number(fields, "presence_penalty", 0.0, -2.0, 2.0),
                     frequency=_number(fields, "frequency_penalty", 0.0, -2.0, 2.0),
                     stops=_stops(fields.get("stop")),

@@ -23,7 +23,7 @@ from recyc_jax.prefilling import prefill
 from recyc_jax.prompts import bucket
 from recyc_jax.sampling import CountPenalty, Greedy, Sample, chain
 from recyc_jax.serve.jobs import TOP, Answer, Job, Token
-from recyc_jax.serve.kept_states import KeptStates, row_of
+from recyc_jax.serve.kept_states import KeptStates, bytes_of, row_of
 from recyc_jax.streaming import Piece, Stream, stream_after
 from recyc_jax.text import policy_of
 from recyc_jax.turns import extend, rounded, token_counts
@@ -87,6 +87,11 @@ class Engine:
         """Jobs that are being answered."""
         return sum(not job.ended.is_set() for job in list(self._running))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many jobs wait as may."""
+        return self.waiting >= self._limits.max_waiting
+
     def submit(self, jobs: list[Job]) -> None:
         """Let jobs wait for their turn. Raises FullError if not all can, and StoppingError after `stop`."""
         with self._change:
@@ -143,11 +148,14 @@ class Engine:
 
     def _answer_or_fail(self, jobs: list[Job]) -> None:
         try:
+            had_kept, is_full = len(self.kept) > 0, False
             try:
                 self._answer(jobs)
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or any(job.made for job in jobs) or not len(self.kept):
+                is_full = "RESOURCE_EXHAUSTED" in str(error) and had_kept and not any(job.made for job in jobs)
+                if not is_full:
                     raise
+            if is_full:  # here the arrays of the first try are free
                 LOG.warning("out of memory: kept states are dropped")
                 self.kept.clear()
                 self._answer(jobs)
@@ -171,8 +179,8 @@ class Engine:
             state = prefill(lm.params, lm.config, padded, **options)
             state = rounded(state) if len(jobs) == 1 else state
         else:
-            jobs[0].cached, turn = shared, [rows[0][shared:]]
-            state = extend(lm.params, lm.config, state, turn, keep=[shared], max_new_tokens=room)
+            state = extend(lm.params, lm.config, state, [rows[0][shared:]], keep=[shared], max_new_tokens=room)
+        jobs[0].cached = shared
         answers = [Answer(job, lm.tokenizer, lm.config.eos_token_ids) for job in jobs]
         stream = stream_after(
             lm.params,
@@ -199,10 +207,13 @@ class Engine:
         if state is None or state.logits.is_deleted():
             return
         held, pending = token_counts(state)
+        known = held + pending  # [B]: what `extend` can go on from, a token that is not fed yet among it
+        size = bytes_of(state) // len(known)
         for row, answer in enumerate(answers):
-            tokens = answer.job.ids + answer.ids
-            if self.kept.goes_back or held[row] + pending[row] == len(tokens):
-                self.kept.keep(row_of(state, row), tokens[: int(held[row])])
+            tokens = (answer.job.ids + answer.ids)[: int(known[row])]
+            is_whole = self.kept.goes_back or len(tokens) == known[row]
+            if is_whole and self.kept.has_room(size, len(tokens)):
+                self.kept.keep(row_of(state, row), tokens)
 
 
 def _kind(job: Job) -> tuple[Any, ...]:

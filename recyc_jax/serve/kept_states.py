@@ -50,10 +50,14 @@ class KeptStates:
         self._kept = [one for one in self._kept if one is not best]
         return best.state, shared
 
+    def has_room(self, size: int, tokens: int) -> bool:
+        """Whether a state of so many bytes and tokens would be kept."""
+        return tokens >= LEAST and size <= self._most_bytes
+
     def keep(self, state: Prefilled, tokens: list[int]) -> None:
         """Keep a state of one row that has read, or made and fed, these tokens."""
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
-        if len(tokens) < LEAST or size > self._most_bytes:
+        size = bytes_of(state)
+        if not self.has_room(size, len(tokens)):
             return
         self._kept.append(_Kept(state, np.asarray(tokens, np.int32), size))
         while self.size > self._most_bytes:
@@ -69,9 +73,17 @@ class KeptStates:
             length = min(len(wanted) - 1, len(one.tokens))  # at least one token is read, for the logits
             differs = np.flatnonzero(wanted[:length] != one.tokens[:length])
             same = int(differs[0]) if len(differs) else length
-            if same > most and (self.goes_back or same == len(one.tokens)):
+            # what is shared is most of both: a system's message alone neither keeps requests from being answered
+            # together, nor costs another conversation its state
+            is_most = 2 * same >= max(len(wanted), len(one.tokens))
+            if same > most and is_most and (self.goes_back or same == len(one.tokens)):
                 best, most = one, same
         return best, most if best is not None else 0
+
+
+def bytes_of(state: Prefilled) -> int:
+    """The size of a state's arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state) if hasattr(leaf, "nbytes"))
 
 
 def row_of(state: Prefilled, row: int) -> Prefilled:
