@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 
-import openai
 import pytest
 from checkpoints import write_folder
 from conftest import environment
@@ -67,6 +66,8 @@ class Server:
         assert self.port is not None, "".join(self.lines)
         self.reads = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
         self.reads.start()
+        import openai  # here, so that other tests run without it
+
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key or "none", max_retries=0)
 
     def ask(self, method, path, body=None, **headers):

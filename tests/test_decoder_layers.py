@@ -19,6 +19,7 @@ from recyc_jax.cache import LayerCache, visible
 from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.kernels.gpu import decoder_layers, products, triton_call
 from recyc_jax.kernels.gpu.products import Linear
+from recyc_jax.shapes import SHAPES
 
 SLOT, CAPACITY = 5, 9
 
@@ -86,7 +87,34 @@ def test_families_agree(family, rows, dtype):
     agree(rj.LlamaConfig.tiny(**shape | LIKE[family]), rows, dtype, seed=5)
 
 
-def agree(config, rows, dtype, seed):
+@pytest.mark.parametrize("family", ["bias", "qwen3", "phi", "smollm3"])
+def test_projections_in_shares(family, monkeypatch):
+    """Where a device has few heads, programs multiply shares of the features, which the next kernel adds up; the last
+    share may be smaller than the others."""
+    monkeypatch.setattr(products, "LEAST_SHARE", 16)
+    monkeypatch.setattr(products, "SHARE", products.SHARE._replace(depth=16))
+    shape = dict(hidden_size=112, intermediate_size=70, num_attention_heads=6, num_key_value_heads=2, head_dim=16)
+    config = rj.LlamaConfig.tiny(**shape | ({"qkv_bias": True} if family == "bias" else LIKE[family]))
+    assert products.shares(config) == 4
+    agree(config, 3, jnp.float32, 7, in_shares=True)
+
+
+def test_which_projections_are_split():
+    """Llama-3.1-8B has programs enough on one device, its parts on two and four devices have not."""
+    parts = (dict(num_attention_heads=32 // n, num_key_value_heads=8 // n) for n in (1, 2, 4))
+    large = SHAPES["llama-3.1-8b"]
+    assert [products.shares(dataclasses.replace(large, **part)) for part in parts] == [None, 2, 4]
+    assert products.shares(SHAPES["smollm2-135m"]) == 1
+
+
+def agree(config, rows, dtype, seed, in_shares=False):
+    with pytest.MonkeyPatch.context() as patch:
+        if not in_shares:  # as where there are heads enough
+            patch.setattr(products, "SHARE_PROGRAMS", 0)
+        agree_as_set(config, rows, dtype, seed)
+
+
+def agree_as_set(config, rows, dtype, seed):
     rng = np.random.default_rng(seed)
     kv_count, dim, width = config.num_key_value_heads, config.head_dim, config.hidden_size
     shapes = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), dtype))

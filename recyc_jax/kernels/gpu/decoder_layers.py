@@ -142,8 +142,9 @@ def _to_heads(
         if stream.x.shape[1] > 1:
             raw = products.projected(stream, linears, eps)
             return _heads(config, [one.reshape(*stream.x.shape[:2], -1) for one in raw], norms, its), cached
-        if products.finishes_heads(config) or rotation is None:
-            raw = products.projected(stream, linears, eps)
+        shares = products.shares(config)
+        if shares or products.finishes_heads(config) or rotation is None:
+            raw = products.projected_in_shares(stream, linears, eps, shares)
             made_heads = normed.finished_heads(raw, norms, its, cached, slot)
         else:
             cos, sin = rotation

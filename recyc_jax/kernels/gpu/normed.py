@@ -4,7 +4,9 @@ with what else makes heads of projections (`finished_heads`), and those after at
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,17 +40,17 @@ NORMED = 512
 
 
 def finished_heads(
-    raw: Sequence[Float[Array, "B _"]],
+    raw: Sequence[Float[Array, "B P _"]],
     norms: Sequence[Norm] | None,
     positions: Positions,
     cached: LayerCache,
     slot: Int[Array, ""] | Int[Array, " B"],
 ) -> tuple[Array, Array, Array, Array, LayerCache]:
-    """As `to_heads`, from the projections `raw` of q, k and v. `norms` are those of q and k, over each head or over the
-    whole projection by their size; None without."""
+    """As `to_heads`, from the projections `raw` of q, k and v, the sums over P. `norms` are those of q and k, over each
+    head or over the whole projection by their size; None without."""
     keys, values = cached.keys, cached.values
-    rows, dim, dtype = raw[0].shape[0], keys.shape[3], raw[0].dtype
-    heads = [one.shape[1] // dim for one in raw]
+    rows, dim, dtype = raw[0].shape[0], keys.shape[3], keys.dtype
+    heads = [one.shape[2] // dim for one in raw]
     columns = dim & -dim  # the largest power of two that divides it
     arrays, rotation = [jnp.reshape(slot, -1), *raw], positions.rotation
     if rotation is not None:
@@ -93,7 +95,7 @@ def _finished(
     multiplier_ref, refs = (refs[0], refs[1:]) if multiplied else (None, refs)
     factor_refs, refs = (refs[:2], refs[2:]) if eps is not None else ((), refs)
     q_ref, q_before_rope_ref, keys_ref, values_ref = refs[2:]
-    rows, blocks = raw_refs[0].shape[0], dim // columns
+    (rows, shares), blocks = raw_refs[0].shape[:2], dim // columns
     row_in_range = jnp.minimum(jnp.arange(tile_rows(rows)), rows - 1)[:, None]
     slot = load_slots(slot_ref, row_in_range)
 
@@ -102,7 +104,8 @@ def _finished(
         raw_ref = raw_refs[number]
 
         def load(lane: Array) -> Array:
-            return plt.load(raw_ref.at[row_in_range, lane[None, :]])
+            parts = [plt.load(raw_ref.at[row_in_range, share, lane[None, :]]) for share in range(shares)]
+            return functools.reduce(operator.add, parts).astype(q_ref.dtype)
 
         x = load(head * dim + lane)
         if not factor_refs or number == 2:

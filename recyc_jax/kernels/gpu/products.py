@@ -61,8 +61,17 @@ class _Tile(NamedTuple):
 
 HEADS = _Tile(32, 256, stages=3)
 WHOLE_HEADS = _Tile(64, 128, stages=5)
-GATED = _Tile(128, 64, stages=3)
+GATED = (_Tile(128, 64, stages=3), _Tile(64, 64), _Tile(32, 128))
+"""The first that gives enough programs: `GATED_PROGRAMS`. Programs of fewer columns need as many bytes in flight."""
+GATED_PROGRAMS = 72
 ADDED = _Tile(32, 256)
+SHARE = _Tile(32, 128)
+"""Where programs take a share of the rows of a matrix."""
+SHARE_PROGRAMS = 192
+"""Where the projections to heads have fewer programs than this, they are split into shares of rows, and another kernel
+makes heads of their sums (on an H100 5 to 13 us less for the heads of a 0.5B, of a quarter of an 8B or 70B layer)."""
+LEAST_SHARE = 1024
+"""Rows of a matrix that a program should have at least."""
 GELU = math.sqrt(2 / math.pi), 0.044715
 """The numbers of the GELU's approximation by tanh."""
 LEAST_WHOLE_HEADS = 48
@@ -74,6 +83,18 @@ PROGRAMS = 96
 LEAST_COLUMNS = 16
 LEAST_TOGETHER = 8
 """Columns of a matrix that must lie side by side for loads of 16 bytes: 8 of bfloat16."""
+
+
+def shares(config: LlamaConfig) -> int | None:
+    """Into how many shares of their rows the projections to heads are split, so that enough programs read them; None if
+    they are wide enough as they are."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    programs, count = heads * config.head_dim // SHARE.columns, 1
+    if programs >= SHARE_PROGRAMS:
+        return None
+    while programs * count < SHARE_PROGRAMS and config.hidden_size // (2 * count) >= LEAST_SHARE:
+        count *= 2
+    return count
 
 
 def _columns(tile: _Tile, width: int) -> int:
@@ -145,7 +166,7 @@ def to_heads(
         arrays,
         list(linears),
         [q_shape, q_shape],
-        sum(heads) * half // columns,
+        (sum(heads) * half // columns,),
         tile,
         in_place=(keys, values),
         columns=columns,
@@ -166,25 +187,40 @@ def written(stored: Float[Array, "B K S H"], slot: Int[Array, ""] | Int[Array, "
 def projected(stream: Stream, linears: Sequence[Linear], eps: float, dtype: Any = None) -> list[Array]:
     """Several projections [B, F] of the normed stream (of x itself, if no norm comes before them), in x's dtype or
     another."""
+    return [one[:, 0] for one in _projections(stream, linears, eps, ADDED, 1, dtype or stream.x.dtype)]
+
+
+def projected_in_shares(
+    stream: Stream, linears: Sequence[Linear], eps: float, count: int | None
+) -> list[Float[Array, "B P _"]]:
+    """Several projections, each as its `count` addends P (None: one)."""
+    dtype = jnp.float32 if count else stream.x.dtype
+    return _projections(stream, linears, eps, SHARE if count else ADDED, count or 1, dtype)
+
+
+def _projections(
+    stream: Stream, linears: Sequence[Linear], eps: float, tile: _Tile, count: int, dtype: Any
+) -> list[Array]:
+    """Several projections [B, P, F], of `count` shares of the features."""
     rows, widths = math.prod(stream.x.shape[:-1]), [linear.kernel.shape[1] for linear in linears]
-    columns = math.gcd(_columns(ADDED, sum(widths)), *widths)
-    shapes = [jax.ShapeDtypeStruct((rows + spare(), width), dtype or stream.x.dtype) for width in widths]
+    columns = math.gcd(tile.columns if tile is SHARE else _columns(tile, sum(widths)), *widths)
+    shapes = [jax.ShapeDtypeStruct((rows + spare(), count, width), dtype) for width in widths]
     options = {"columns": columns, "eps": eps}
-    outputs = _call(
-        "projections", _projected, stream, [], list(linears), shapes, sum(widths) // columns, ADDED, **options
-    )
+    programs = (sum(widths) // columns, count)
+    outputs = _call("projections", _projected, stream, [], list(linears), shapes, programs, tile, **options)
     return [one[:rows] for one in outputs]
 
 
 def gated(stream: Stream, gate: Linear, up: Linear, eps: float, activation: str = "silu") -> Float[Array, "B T F"]:
     """The activation (`LlamaConfig.activation`) of one projection of the normed stream, times another projection."""
     width = gate.kernel.shape[1]
-    columns = _columns(GATED, width)
+    tile = next((one for one in GATED if width // one.columns >= GATED_PROGRAMS), GATED[-1])
+    columns = tile.columns if tile is not GATED[-1] else _columns(tile, width)
     blocks, rows = pl.cdiv(width, columns), math.prod(stream.x.shape[:-1])
     # the programs' columns can go beyond the matrix
     shapes = [jax.ShapeDtypeStruct((rows + spare(), blocks * columns), stream.x.dtype)]
     options = {"columns": columns, "eps": eps, "activation": activation}
-    (out,) = _call("gated_projections", _gated, stream, [], [gate, up], shapes, blocks, GATED, **options)
+    (out,) = _call("gated_projections", _gated, stream, [], [gate, up], shapes, (blocks,), tile, **options)
     return out[:rows, :width].reshape(*stream.x.shape[:-1], width)
 
 
@@ -199,7 +235,7 @@ def added(x: Float[Array, "B T F"], linear: Linear, stream: Stream, scale: Float
     arrays = [stream.x.reshape(rows, width), *(() if scale is None else (scale,))]
     # named by the width of x: so a profile distinguishes a layer's two products of this kind
     name, shapes = f"added_projection_{x.shape[-1]}", shapes[: 1 if scale is None else 3]
-    outputs = _call(name, _added, Stream(x), arrays, [linear], shapes, blocks, ADDED, **options)
+    outputs = _call(name, _added, Stream(x), arrays, [linear], shapes, (blocks,), ADDED, **options)
     cut = [one[:rows, :width].reshape(shape) for one in outputs[:2]]
     if scale is None:
         return Stream(cut[0])
@@ -213,7 +249,7 @@ def _call(
     arrays: list[Array],
     linears: list[Linear],
     shapes: list[jax.ShapeDtypeStruct],
-    programs: int,
+    programs: tuple[int, ...],
     tile: _Tile,
     in_place: tuple[Array, ...] = (),
     **options: Any,
@@ -230,7 +266,7 @@ def _call(
         _with_named_refs,
         read,
         shapes,
-        (programs,),
+        programs,
         name,
         warps=tile.warps,
         stages=tile.stages,
@@ -343,16 +379,16 @@ def _normed(parts: list[Array], factors: list[Array], eps: float) -> list[Array]
 
 
 def _projected(x: _Rows, matrices: list[Any], *out_refs: Any, columns: int, eps: float) -> None:
-    """One program: some columns of one matrix."""
-    first_program = 0
+    """One program: some columns of a share of one matrix's rows."""
+    first_program, share, count = 0, pl.program_id(1), out_refs[0].shape[1]
     for matrix, out_ref in zip(matrices, out_refs, strict=True):
-        blocks = out_ref.shape[1] // columns
+        blocks = out_ref.shape[2] // columns
         block = pl.program_id(0) - first_program
 
         def compute(matrix: Any = matrix, out_ref: Any = out_ref, block: Array = block) -> None:
             column = block * columns + jnp.arange(columns)
-            (product,) = _products(x, [(*matrix, column)], eps)
-            store(out_ref, (column[None, :],), product.astype(out_ref.dtype))
+            (product,) = _products(x, [(*matrix, column)], eps, (share, count))
+            store(out_ref, (share, column[None, :]), product.astype(out_ref.dtype))
 
         pl.when((block >= 0) & (block < blocks))(compute)
         first_program += blocks
@@ -386,9 +422,15 @@ def _added(x: _Rows, residual_ref: Any, *refs: Any, columns: int, scaled: bool) 
         store_scaled(out, scale, column, is_column, scaled_ref, squares_ref)
 
 
-def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None = None) -> list[Array]:
+def _products(
+    x: _Rows,
+    parts: list[tuple[Any, Any, Array]],
+    eps: float | None = None,
+    share: tuple[Array, int] | None = None,
+) -> list[Array]:
     """x times the given columns of each matrix, the bias added, float32 [ROWS, columns] each; rows beyond those of x
-    are undefined. With `eps`, x is normed: its scale is in it already, and the root mean square divides the product."""
+    are undefined. With `eps`, x is normed: its scale is in it already, and the root mean square divides the product.
+    `share` is the number of one of several shares of the features, and their count: only it is multiplied."""
     rows, features = x.ref.shape
     row, lanes = jnp.arange(tile_rows(rows)), jnp.arange(x.depth)
     row_in_range, is_row = jnp.minimum(row, rows - 1)[:, None], (row < rows)[:, None]
@@ -399,7 +441,8 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
         squares = load_squares(x.squares_ref, row_in_range)
     for kernel_ref, bias_ref, column in parts:
         column_in_range, _ = in_range(column, kernel_ref.shape[1])
-        biases.append(None if bias_ref is None else plt.load(bias_ref.at[column_in_range]))
+        bias = None if bias_ref is None else plt.load(bias_ref.at[column_in_range])
+        biases.append(bias if bias is None or share is None else jnp.where(share[0] == 0, bias, 0))
 
     def multiply_block(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         feature = block * x.depth + lanes
@@ -421,7 +464,11 @@ def _products(x: _Rows, parts: list[tuple[Any, Any, Array]], eps: float | None =
         return tuple(sums_after)
 
     zeros = tuple(jnp.zeros((row.size, column.size), jnp.float32) for _, _, column in parts)
-    products = list(lax.fori_loop(0, pl.cdiv(features, x.depth), multiply_block, zeros))
+    first, end = 0, pl.cdiv(features, x.depth)
+    if share is not None and share[1] > 1:
+        blocks = pl.cdiv(end, share[1])
+        first, end = share[0] * blocks, jnp.minimum((share[0] + 1) * blocks, end)
+    products = list(lax.fori_loop(first, end, multiply_block, zeros))
     if squares is not None and eps is not None:
         inverse_rms = lax.rsqrt(jnp.sum(squares, axis=1) / features + eps)[:, None]
         products = [product * inverse_rms for product in products]
