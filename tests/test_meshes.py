@@ -1,10 +1,13 @@
-"""Generation over meshes of 8 devices, which are simulated on a CPU, is that of one device, under every policy."""
+"""Generation over meshes of 8 devices, which are simulated on a CPU, and of real GPUs is that of one device, under every
+policy."""
 
+import os
 import subprocess
 import sys
 
+import jax
 import pytest
-from conftest import environment
+from conftest import ROOT, environment
 
 SAME = """
 import re, sys
@@ -14,7 +17,7 @@ from recyc_jax import sharding
 from recyc_jax.kernels.gpu import triton_call
 
 (data, tensor, sequence), implementation = eval(sys.argv[1]), sys.argv[2]
-triton_call.INTERPRET = True
+triton_call.INTERPRET = jax.default_backend() == "cpu"
 jax.config.update("jax_default_matmul_precision", "highest")
 config = rj.LlamaConfig.tiny(
     **dict(num_hidden_layers=2, head_dim=16, num_attention_heads=16, num_key_value_heads=8, vocab_size=128)
@@ -94,6 +97,21 @@ def test_a_mesh_changes_nothing(sizes, implementation, family, policies):
     ran = subprocess.run(
         [sys.executable, "-c", SAME, str(sizes), implementation, family, *policies],
         env=environment("--xla_force_host_platform_device_count=8"),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(4, 1, 1), (1, 4, 1), (1, 1, 4), (1, 2, 2)])
+def test_four_gpus_change_nothing(sizes):
+    if jax.device_count() < 4:
+        pytest.skip("needs four GPUs")
+    ran = subprocess.run(
+        [sys.executable, "-c", SAME, str(sizes), "pallas_gpu", "{}", *FEW],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=900,
