@@ -61,7 +61,7 @@ LIBRARY = [  # a module may import only from lines above its own
     "loading.export",
 ]
 COMMANDS = [
-    "text_files html_text locks numbers plotting json_lines measuring novels relay second_signal",
+    "text_files html_text locks numbers plotting json_lines measuring novels relay second_signal background",
     "files companions",
     "together",
     "hosts",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,10 @@ import recyc_jax as rj
 from eval.ruler import scoring
 from eval.ruler.cells import Cell, prompt_ids
 from eval.ruler.config import Config
+from eval.ruler.tasks.base import Sample
 from recyc_jax import generation
 from recyc_jax.commands import command_line, hosts, run_log
+from recyc_jax.commands.background import one_ahead
 from recyc_jax.commands.compiling import Programs
 from recyc_jax.commands.run_log import Row, RunLog
 from recyc_jax.policies.registry import POLICIES
@@ -51,32 +53,46 @@ def evaluate(lm: rj.PretrainedLM, todo: list[Batch], log: RunLog, known: command
 
     with command_line.progress() as progress, Programs(lower) as programs:
         bar = progress.add_task("evaluating", total=total)
-        for batch in todo:
+        for batch, prompts in one_ahead(todo, lambda batch: _made_prompts(lm.tokenizer, batch)):
             progress.update(bar, description=f"{batch.samples[0][0].length} tokens")
-            for rows in _decode_batch(lm, batch, known, programs):
+            for rows in _decode_batch(lm, batch, prompts, known, programs):
                 log.append(rows)
                 progress.advance(bar, len(rows))
                 command_line.heed_interrupt()
 
 
+class Prompts(NamedTuple):
+    """A batch's samples, as text and as tokens."""
+
+    samples: list[Sample]
+    ids: list[list[int]]
+    tokens: np.ndarray  # int32 [B, T]
+    lengths: np.ndarray  # int32 [B]
+
+
+def _made_prompts(tokenizer: Any, batch: Batch) -> Prompts:
+    """The batch's prompts, which take some 0.1 s each at 32,768 tokens to make."""
+    samples = [cell.sample(index) for cell, index in batch.samples]
+    rows = prompt_ids(tokenizer, [sample.prompt for sample in samples])
+    width = batch.samples[0][0].longest + len(tokenizer("")["input_ids"])
+    tokens, lengths = np.zeros((batch.rows, width), np.int32), np.zeros(batch.rows, np.int32)
+    for row in range(batch.rows):
+        ids = rows[min(row, len(rows) - 1)]  # a short batch repeats its last row, to keep one shape
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return Prompts(samples, rows, tokens, lengths)
+
+
 def _decode_batch(
-    lm: rj.PretrainedLM, batch: Batch, known: command_line.KnownPolicies, programs: Programs
+    lm: rj.PretrainedLM, batch: Batch, prompts: Prompts, known: command_line.KnownPolicies, programs: Programs
 ) -> Iterator[list[Row]]:
     """The result rows of the batch under each policy in turn: one prefill, then one decode per policy."""
     cells = [cell for cell, _ in batch.samples]
-    samples = [cell.sample(index) for cell, index in batch.samples]
-    prompts = prompt_ids(lm.tokenizer, [sample.prompt for sample in samples])
-    width = cells[0].longest + len(lm.tokenizer("")["input_ids"])
-    tokens, lengths = np.zeros((batch.rows, width), np.int32), np.zeros(batch.rows, np.int32)
-    for row in range(batch.rows):
-        ids = prompts[min(row, len(prompts) - 1)]  # a short batch repeats its last row, to keep one shape
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     chosen = [rj.parse_policy(policy, cells[0].length, known or POLICIES) for policy in batch.policies]
     state = rj.prefill(
         lm.params,
         lm.config,
-        tokens,
-        prompt_lengths=lengths,
+        prompts.tokens,
+        prompt_lengths=prompts.lengths,
         policies=chosen,
         max_new_tokens=cells[0].decoded,
         allow_beyond_context=True,  # `command_line.check_context` has checked it
@@ -87,9 +103,9 @@ def _decode_batch(
         began = time.perf_counter()
         out, state = programs.of(state, policy)(lm.params, state, None, GREEDY)
         made, counts, full_steps = (hosts.fetched(field) for field in out[:3])
-        seconds = (time.perf_counter() - began) / len(samples)
+        seconds = (time.perf_counter() - began) / len(cells)
         rows = []
-        for row, (cell, sample, ids) in enumerate(zip(cells, samples, prompts, strict=True)):
+        for row, (cell, sample, ids) in enumerate(zip(cells, prompts.samples, prompts.ids, strict=True)):
             taken = made[row, : min(counts[row], cell.new_tokens)]
             prediction = scoring.clean(lm.tokenizer.decode(taken, skip_special_tokens=True))
             rows.append(

@@ -102,8 +102,8 @@ def _row(
 ) -> dict[str, Any]:
     copies = implementations.resolve(_implementation(config)).slots_last  # the TPU implementation copies kept sets
     size = jax.tree.leaves(params)[0].dtype.itemsize
-    split = sharding.split_of(config.batch)
-    found = roofline.estimate(model, policy, split.rows, length, copies, size)
+    split, shares = sharding.split_of(config.batch), sharding.slot_shares()
+    found = roofline.estimate(model, policy, split.rows, length, copies, size, shares)
     mean, compile_s, peak = mean_ms(config, model, params, policy, length)
     full = mean if found.partial is None else None
     partial = mean if found.full is None else None
@@ -119,6 +119,7 @@ def _row(
     return {
         "rows_of_a_device": split.rows,
         "devices_of_a_row": split.tensor,
+        "devices_of_a_cache": shares,
         "length": length,
         "batch": config.batch,
         "dtype": str(jax.tree.leaves(params)[0].dtype),

@@ -104,17 +104,18 @@ def _layer_token_bytes(config: LlamaConfig, size: int) -> int:
 
 
 def estimate(
-    config: LlamaConfig, policy: Policy, batch: int, length: int, copies: bool = False, size: int = 2
+    config: LlamaConfig, policy: Policy, batch: int, length: int, copies: bool = False, size: int = 2, shares: int = 1
 ) -> Estimate:
-    """The steps of a policy at a context of `length` tokens. With `copies`, as on TPU, a refresh reads the cache once
+    """The steps of a policy at a context of `length` tokens, on one of `shares` devices that share the slots of rows
+    evenly. With `copies`, as on TPU, a refresh reads the cache once
     more and writes the kept set, and a partial step reads whole tiles of the newest tokens. Raises ValueError for an
     unknown policy."""
 
     def step(read: float, scored: float) -> Step:
         """A step that, per row, moves keys and values of `read` tokens and attends to `scored` tokens."""
-        moved = batch * (read * token_bytes(config, size) + window_bytes(config, length, size))
+        moved = batch * (read * token_bytes(config, size) / shares + window_bytes(config, length, size))
         sliding = config.num_hidden_layers - len(config.full_layers)
-        attended = len(config.full_layers) * scored + sliding * min(config.sliding_window or 0, length)
+        attended = len(config.full_layers) * scored / shares + sliding * min(config.sliding_window or 0, length)
         products = 4 * config.num_attention_heads * config.head_dim * attended
         weights = weight_bytes(config, size)[1]
         return Step(int(weights + moved), int(batch * (2 * weights / size + products)))
