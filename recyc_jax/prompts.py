@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int
 
+from recyc_jax import sharding
 from recyc_jax.config import LlamaConfig
 
 
@@ -37,9 +38,10 @@ def as_arrays(prompts: Any, prompt_lengths: Any, config: LlamaConfig) -> tuple[I
             raise ValueError("prompt_lengths goes with an array of prompts; lists carry their own lengths")
         tokens, lengths = _from_lists(prompts)
     if not isinstance(lengths, Tracer):
-        _check_lengths(np.asarray(lengths), tokens.shape[1])
+        known = sharding.fetched(lengths)
+        _check_lengths(known, tokens.shape[1])
         if not isinstance(tokens, Tracer):
-            _check_ids(np.asarray(tokens), np.asarray(lengths), config)
+            _check_ids(sharding.fetched(tokens), known, config)
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
 
 
@@ -48,7 +50,7 @@ def check_context(lengths: Any, new_tokens: int, config: LlamaConfig) -> None:
     Lengths that are traced, and so not known, are taken as given."""
     if isinstance(lengths, Tracer):
         return
-    longest = int(np.max(np.asarray(lengths)))
+    longest = int(np.max(sharding.fetched(lengths)))
     if longest + new_tokens - 1 > config.max_position_embeddings:
         raise ValueError(
             f"a prompt of {longest} tokens and {new_tokens} new ones exceed the model's context of "

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jax.experimental import mesh_utils
@@ -132,6 +133,15 @@ def spread(array: Any, letters: str, batch: int) -> Any:
     if isinstance(array, Tracer):
         return lax.with_sharding_constraint(array, by_letters(batch, device_mesh)(letters))
     return jax.device_put(array, place_of(letters, batch))
+
+
+def fetched(array: Any) -> np.ndarray:
+    """The whole array in numpy, also where devices of other processes hold parts of it; all processes call it then."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def place_of(letters: str, batch: int) -> NamedSharding | None:

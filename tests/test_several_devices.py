@@ -1,6 +1,7 @@
 """Several devices and several hosts give the same results as one; the devices are simulated on a CPU."""
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -104,6 +105,66 @@ try:
 except ValueError as error:
     print(error)
 """
+
+
+WINDOWS = """
+from recyc_jax.commands import hosts
+
+hosts.join()
+import jax, numpy as np
+import recyc_jax as rj
+from recyc_jax import sharding
+from train import evaluation
+
+config, rows_here, prefill = rj.LlamaConfig.tiny(), [], rj.prefill
+
+def watched(*args, **options):
+    state = prefill(*args, **options)
+    rows_here.append(state.cache.layers[0].stored_keys.addressable_shards[0].data.shape[0])
+    return state
+
+rj.prefill = watched
+tokens = np.random.default_rng(0).integers(3, config.vocab_size, (6, 24)).astype(np.int32)
+held_out = evaluation.HeldOut(tokens, ("a", "a", "a", "b", "b", "b"))
+mesh = sharding.mesh(jax.device_count(), 1, 1)
+with jax.set_mesh(mesh):
+    params = jax.jit(lambda: rj.init_params(config, jax.random.key(0)), out_shardings=sharding.place_of("", 1))()
+    policies = ["full", "recycled:budget=8,stride=3"]
+    rows = evaluation.evaluate(params, config, held_out, policies, 6, 4, lambda: None)
+    # arrays of which each process has a part
+    spread = sharding.spread(tokens[:4], "B-", 4)
+    rj.score(params, config, spread, policy="full", context_length=20)
+    try:
+        rj.prefill(params, config, spread + 2**20)
+    except ValueError as error:
+        assert "outside the vocabulary" in str(error)
+print(rows_here, [(row["policy"], row["domain"], *row["each"]) for row in rows])
+"""
+
+
+def test_processes_share_the_windows_of_an_evaluation():
+    """Each of two processes holds and decodes half of a batch, and both know all results: those of one process."""
+
+    def said(environments):
+        runs = [
+            subprocess.Popen(
+                [sys.executable, "-c", WINDOWS], env=environment() | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            for env in environments
+        ]
+        told = [run.communicate(timeout=300) for run in runs]
+        assert [run.returncode for run in runs] == [0] * len(runs), told
+        return [out.decode().splitlines()[-1].split(" ", 2) for out, _ in told]
+
+    env = on_two_hosts()
+    (alone,) = said([{}])
+    first, second = said([env | {"JAX_PROCESS_ID": str(number)} for number in range(2)])
+    assert alone[:2] == ["[4,", "4]"]
+    assert first[:2] == second[:2] == ["[2,", "2]"]
+    assert first[2] == second[2]
+    numbers = [[float(value) for value in re.findall(r"\d+\.\d+", one[2])] for one in (alone, first)]
+    assert len(numbers[0]) == 12
+    assert numbers[0] == pytest.approx(numbers[1], abs=2e-4)
 
 
 def test_all_hosts_learn_what_the_first_returns_or_raises():

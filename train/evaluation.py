@@ -8,9 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import recyc_jax as rj
 from recyc_jax import sharding
@@ -49,7 +47,6 @@ def windows(corpus: Corpus, documents: Sequence[int] | np.ndarray, length: int, 
 def evaluate(
     params: Any,
     config: rj.LlamaConfig,
-    mesh: Mesh,
     held_out: HeldOut,
     policies: Sequence[str],
     new_tokens: int,
@@ -59,7 +56,8 @@ def evaluate(
     """One row per policy and domain: `nll`, the mean negative log-probability (nats per token) of the last `new_tokens`
     tokens of the windows, decoded one at a time; its standard error over windows; `perplexity`, the exponential of
     `nll`; and `difference`, the mean over windows of this policy's nll minus the first policy's, with its paired
-    standard error. `after_each` is called after each policy of a batch, and may raise."""
+    standard error. Devices of the mesh that is set, those of other processes too, take different windows if `batch_size`
+    divides among them. `after_each` is called after each policy of a batch, and may raise."""
     length = held_out.tokens.shape[1]
     parsed = [parse_policy(policy, length) for policy in policies]
     losses: dict[str, list[float]] = {policy: [] for policy in policies}
@@ -67,12 +65,12 @@ def evaluate(
         batch = held_out.tokens[begin : begin + batch_size]
         size = len(batch)
         batch = np.concatenate([batch, np.repeat(batch[:1], batch_size - size, axis=0)])  # one shape, so one program
-        prompts, rest = (_placed(part, mesh) for part in (batch[:, :-new_tokens], batch[:, -new_tokens:]))
+        prompts, rest = batch[:, :-new_tokens], batch[:, -new_tokens:]
         options: Any = {"max_new_tokens": new_tokens, "allow_beyond_context": True}  # train.run has checked it
         state = rj.prefill(params, config, prompts, policies=parsed, **options)
         for name, policy in zip(policies, parsed, strict=True):
             scores, state = rj.score_after(params, config, state, rest, policy=policy)
-            chances = _everywhere(scores.log_probabilities)[:size]
+            chances = sharding.fetched(scores.log_probabilities)[:size]
             losses[name] += [-float(mean) for mean in chances.mean(axis=1)]
             after_each()
     rows = []
@@ -103,19 +101,3 @@ def evaluate(
 def _stderr(values: Sequence[float]) -> float | None:
     # np.std, because statistics.stdev fails for the losses of a diverged model
     return numbers.finite(float(np.std(values, ddof=1)) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def _placed(tokens: np.ndarray, mesh: Mesh) -> Any:
-    """The tokens [B, T] with rows split over the devices, if their number divides evenly and there is one process."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    if jax.process_count() > 1 or len(tokens) % parts:
-        return tokens
-    return jax.device_put(tokens, NamedSharding(mesh, PartitionSpec(sharding.ROWS)))
-
-
-def _everywhere(x: jax.Array) -> np.ndarray:
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from recyc_jax import sharding
 from recyc_jax.commands import files, numbers, together
 from recyc_jax.loading import export
 from train import evaluation, figures, forward, metrics, progress, signals
@@ -214,16 +215,16 @@ class _Loop:
         for (length, new_tokens), measured in zip(wanted, done, strict=True):
             if measured:
                 continue
-            rows = evaluation.evaluate(
-                params,
-                run.model,
-                run.mesh,
-                run.held_out.ends(length),
-                config.eval_policies,
-                new_tokens,
-                config.eval_batch_size,
-                self.asked.look,
-            )
+            with jax.set_mesh(run.mesh):
+                rows = evaluation.evaluate(
+                    params,
+                    run.model,
+                    run.held_out.ends(length),
+                    config.eval_policies,
+                    new_tokens,
+                    config.eval_batch_size,
+                    self.asked.look,
+                )
             self.record([{"kind": "evaluation", "step": taken, **row} for row in rows])
             for row in rows:
                 error = "" if row["nll_stderr"] is None else f" ± {row['nll_stderr']:.4f}"
@@ -235,7 +236,7 @@ class _Loop:
         """Write the trained model in Hugging Face layout, and the plot."""
         config = self.run.config
         if config.export:
-            params = forward.unstack_layers(jax.tree.map(_on_host, state.params))
+            params = forward.unstack_layers(jax.tree.map(sharding.fetched, state.params))
             if self.first:
                 export.save_pretrained(
                     config.out / "model", params, self.run.model, self.run.folder, jnp.dtype(config.export_dtype)
@@ -244,11 +245,3 @@ class _Loop:
             figures.plot(config.out / "loss.png", self.log.rows)
             where = f"{config.out}/model" if config.export else f"{config.out}/checkpoints"
             self.say(f"{where} holds the result; metrics.jsonl and loss.png beside it tell how it came about")
-
-
-def _on_host(leaf: jax.Array) -> np.ndarray:
-    if leaf.is_fully_addressable:
-        return np.asarray(leaf)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

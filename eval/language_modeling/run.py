@@ -13,7 +13,7 @@ import numpy as np
 import recyc_jax as rj
 from eval.language_modeling.windows import Window
 from recyc_jax import scoring, sharding
-from recyc_jax.commands import command_line, hosts, numbers, run_log
+from recyc_jax.commands import command_line, numbers, run_log
 from recyc_jax.commands.compiling import Programs
 from recyc_jax.commands.run_log import Row, RunLog
 
@@ -68,7 +68,7 @@ def _score_batch(lm: rj.PretrainedLM, batch: Batch, new_tokens: int, programs: P
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
         scores, state = programs.of(state, policy)(lm.params, state, following)
-        chances, full_steps = (hosts.fetched(field) for field in (scores.log_probabilities, scores.full_steps))
+        chances, full_steps = (sharding.fetched(field) for field in (scores.log_probabilities, scores.full_steps))
         seconds = (time.perf_counter() - began) / len(batch.windows)
         yield [
             {

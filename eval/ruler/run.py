@@ -14,8 +14,8 @@ from eval.ruler import scoring
 from eval.ruler.cells import Cell, prompt_ids
 from eval.ruler.config import Config
 from eval.ruler.tasks.base import Sample
-from recyc_jax import generation
-from recyc_jax.commands import command_line, hosts, run_log
+from recyc_jax import generation, sharding
+from recyc_jax.commands import command_line, run_log
 from recyc_jax.commands.background import one_ahead
 from recyc_jax.commands.compiling import Programs
 from recyc_jax.commands.run_log import Row, RunLog
@@ -102,7 +102,7 @@ def _decode_batch(
     for name, policy in zip(batch.policies, chosen, strict=True):
         began = time.perf_counter()
         out, state = programs.of(state, policy)(lm.params, state, None, GREEDY)
-        made, counts, full_steps = (hosts.fetched(field) for field in out[:3])
+        made, counts, full_steps = (sharding.fetched(field) for field in out[:3])
         seconds = (time.perf_counter() - began) / len(cells)
         rows = []
         for row, (cell, sample, ids) in enumerate(zip(cells, prompts.samples, prompts.ids, strict=True)):

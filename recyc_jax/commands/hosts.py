@@ -142,15 +142,3 @@ def from_first(make: Callable[[], Any]) -> Any:
     if error is not None:
         raise ValueError(error)
     return value
-
-
-def fetched(array: Any) -> Any:
-    """The whole array as a numpy array in every process, however it is sharded."""
-    import jax
-    import numpy as np
-
-    if jax.process_count() == 1:
-        return np.asarray(array)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(array, tiled=True)
