@@ -7,6 +7,7 @@ import shlex
 
 import jax
 import pytest
+from checkpoints import TEXT, write_folder
 from conftest import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -95,3 +96,76 @@ def test_commands_have_the_flags_that_pages_show(capsys):
                 assert word.partition("=")[0] in helps[module], f"{page.name}: {module} has no {word}"
         seen += 1
     assert seen > 20
+
+
+SMALLER = {  # in place of what the pages show: a tiny model, few tokens, the hardware that is here
+    **{"--model": "MODEL", "--backend": "cpu", "--mesh": "data=1", "--fsdp": "1", "--out": "OUT", "--data": "t=TEXTS"},
+    **{"--lengths": "720", "--samples": "1", "--batch-size": "2", "--accumulate": "1", "--tasks": "niah_single_1"},
+    **{
+        "--length": "64",
+        "--steps": "2",
+        "--stride": "12",
+        "--budget": "8",
+        "--dtype": "float32",
+        "--domains": "t=TEXTS",
+    },
+}
+RULER = ("--model", "--lengths", "--samples", "--tasks", "--out", "--batch-size")
+MORE = {  # flags that a command also needs to be small
+    "recyc_jax": ["--model", "MODEL", "--max-new-tokens", "4"],
+    "recyc_jax.inspect": ["--model", "MODEL", "--max-new-tokens", "4", "--out", "OUT/page.html"],
+    "eval.language_modeling": ["--model", "MODEL", "--sequences", "1", "--new-tokens", "4"],
+    "eval.attention_overlap": ["--model", "MODEL", "--sources", "t=TEXTS", "--length", "64", "--new-tokens", "4"],
+    "eval.speed": ["--repeats", "1"],
+    "train.continued_pretrain": ["--held-out", "0", "--no-export"],
+}
+ELSEWHERE = {  # commands that other tests run
+    "recyc_jax.serve": "a server does not end: tests/test_serve.py",
+    "eval.harness": "TASK is the user's: tests/test_harness.py",
+}
+
+
+def smaller(module, words, names):
+    """The command with `SMALLER` values, and `MORE` flags; what `--estimate` prints needs neither."""
+    if "--estimate" in words:
+        return words
+    wanted, more = list(words), list(MORE.get(module, []))
+    if module == "eval.ruler":
+        more += [part for flag in RULER for part in (flag, SMALLER[flag])]
+    if module.startswith(("eval", "train")):
+        more += ["--out", "OUT"]
+    if module == "train.continued_pretrain":
+        more += [part for flag in ("--model", "--data", "--length", "--steps") for part in (flag, SMALLER[flag])]
+    given = {word for word in wanted if word.startswith("--")}
+    for flag, value in zip(more, [*more[1:], ""], strict=True):
+        if flag.startswith("--") and flag not in given:
+            wanted += [flag] if value.startswith("--") or not value else [flag, value]
+            given.add(flag)
+    for place, flag in enumerate(wanted):
+        if flag in SMALLER and place + 1 < len(wanted):
+            wanted[place + 1] = SMALLER[flag]
+    for name, value in names.items():
+        wanted = [word.replace(name, value) for word in wanted]
+    return wanted
+
+
+COMMANDS = [
+    pytest.param(module, words, id=f"{page.stem}-{module}-{number}")
+    for number, (page, module, words) in enumerate(commands())
+    if page.parent.name != "results" and module not in ELSEWHERE
+]
+
+
+@pytest.mark.parametrize(("module", "words"), COMMANDS)
+def test_commands_of_the_pages_run(module, words, tmp_path, call_module, monkeypatch):
+    """Those of docs/results/ are records of measurements, and are left out."""
+    write_folder(tmp_path / "model", context=32768)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(4):
+        (texts / f"{number}.txt").write_text(f"Document {number}. {TEXT}" * 40)
+    names = {"MODEL": str(tmp_path / "model"), "OUT": str(tmp_path / "out"), "TEXTS": str(texts)}
+    monkeypatch.chdir(ROOT)
+    ran = call_module(module, *smaller(module, words, names))
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.strip()
