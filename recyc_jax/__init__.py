@@ -121,7 +121,19 @@ __all__ = [
 ]
 
 
+def _version() -> str:
+    """That of the installed package; "unknown" for files that are not installed."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("recyc-jax")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(_MODULE_OF[name]), name)
         globals()[name] = value  # found at once from now on

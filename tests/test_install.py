@@ -57,14 +57,23 @@ def run(python, folder, *arguments):
 
 
 def test_an_installed_wheel_runs_outside_the_checkout(tmp_path, source, python, elsewhere):
-    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", tmp_path, source)
-    (wheel,) = tmp_path.glob("recyc_jax-*.whl")
+    """The wheel is built from a source distribution of a tagged version, as a release is."""
+    for words in ("init -q", "add .", "commit -q -m release", "tag v9.8.7"):
+        git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words.split()]
+        subprocess.run(git, cwd=source, check=True)
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", tmp_path, source], capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    assert (tmp_path / "recyc_jax-9.8.7.tar.gz").exists()
+    wheel = tmp_path / "recyc_jax-9.8.7-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     hook = {"recyc_jax_startup.pth", "recyc_jax_startup.py"}
     assert tops == {"recyc_jax", "train", "eval", *hook, f"{wheel.name.split('-py3')[0]}.dist-info"}
     assert {"eval/ruler/tasks/niah.py", "recyc_jax/policies/recycled.py", "train/presets/paper.yaml"} <= set(names)
     pip("--python", python, "install", "--quiet", "--no-deps", wheel)
+    assert run(python, elsewhere, "-c", "import recyc_jax; print(recyc_jax.__version__)") == "9.8.7\n"
     assert str(tmp_path / "environment") in run(python, elsewhere, "-c", "import recyc_jax; print(recyc_jax.__file__)")
     checkpoints.write_folder(tmp_path / "model")
     flags = ("--lengths", 720, "--samples", 1, "--batch-size", 1, "--policies", "full")
