@@ -41,12 +41,20 @@ def policy_of(policy: Policy | str, length: int) -> Policy:
 
 def prompt_text(tokenizer: Any, prompt: str | Sequence[Any]) -> str:
     """The text of a prompt: a text as it is, messages ({"role": ..., "content": ...}) in the tokenizer's chat template.
-    Raises ValueError where there is no template."""
+    Raises ValueError where there is no template, and for half a surrogate pair, which no tokenizer takes."""
     if isinstance(prompt, str):
-        return prompt
-    if not tokenizer.chat_template:
+        text = prompt
+    elif tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    else:
         raise ValueError("this model's tokenizer has no chat template: pass text instead of messages")
-    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt's character {error.start} is {text[error.start]!a}, half a surrogate pair: no tokenizer takes it"
+        ) from None
+    return text
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[Any]) -> list[int]:

@@ -56,6 +56,12 @@ def test_text_and_messages(lm):
     assert len(both.text) == 2
 
 
+def test_half_a_surrogate_pair_is_refused(lm):
+    for prompt in ("a\udc80b", [{"role": "user", "content": "a\udc80b"}]):
+        with pytest.raises(ValueError, match=r"'\\udc80', half a surrogate pair: no tokenizer takes it"):
+            lm.generate(prompt, policy=POLICY, max_new_tokens=2)
+
+
 def test_a_fraction_is_of_the_prompt_and_its_answer(lm):
     prompt = "What is the special magic number?"
     tokens = len(prompt_ids(lm.tokenizer, prompt)) + 20

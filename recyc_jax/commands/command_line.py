@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import locale
 import shlex
 import signal
 import sys
@@ -33,6 +35,8 @@ def run(
     status 1, Ctrl-C status 130; both print the message `when_interrupted`. If one of several processes does not
     succeed, all of them end.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a model's answer may have what the terminal's encoding has not
+        sys.stdout.reconfigure(errors="replace")
     before = signal.signal(signal.SIGINT, _interrupt)
     try:
         try:
@@ -65,6 +69,9 @@ def _one_line(error: Exception) -> str:
     """The message of an error without line breaks."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    encoding = locale.getpreferredencoding(False)
+    if isinstance(error, UnicodeError) and encoding.lower().replace("-", "") != "utf8":
+        return f"{error}: this locale's encoding is {encoding}; set PYTHONUTF8=1"
     return " ".join(str(error).split("\n")) or type(error).__name__
 
 
@@ -103,6 +110,18 @@ def lengths(text: str) -> list[int]:
             raise ValueError(f"--lengths: {item!r} is not a positive whole number")
         found.append(int(item))
     return found
+
+
+def check_texts(**texts: str | None) -> None:
+    """Raise ValueError, naming the flag, for text with bytes that the locale's encoding does not have."""
+    for name, text in texts.items():
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            encoding = locale.getpreferredencoding(False)
+            raise ValueError(
+                f"{name}: character {error.start} is no {encoding}, this locale's encoding: set PYTHONUTF8=1"
+            ) from None
 
 
 def check_counts(**counts: int) -> None:
@@ -166,8 +185,11 @@ def facts(config: Any, command: str, sources: Mapping[str, str], **more: str) ->
 
     import jax
 
+    import recyc_jax
+
     device = jax.devices()[0]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "flax", "transformers"))
+    versions = f"recyc_jax {recyc_jax.__version__}, {versions}"
     return {
         "model": config.model,
         **sources,

@@ -62,6 +62,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     """Check the flags and load the model; returns a function that does the rest."""
     if not config.prompt and not config.chat:
         raise ValueError('pass a prompt, such as "Once upon a time", or --chat')
+    command_line.check_texts(prompt=config.prompt, system=config.system)
     command_line.check_counts(max_new_tokens=config.max_new_tokens)
     command_line.check_policies([config.policy], [2**20])
     document = _read(config.file)

@@ -48,6 +48,7 @@ def _prepare(config: Config) -> Callable[[], None]:
     """Check the flags and load the model; returns a function that does the rest."""
     if not config.question.strip():
         raise ValueError("--question is empty: ask something")
+    command_line.check_texts(question=config.question)
     command_line.check_counts(max_new_tokens=config.max_new_tokens)
     command_line.check_policies([config.policy], [2**20])
     text = config.question
