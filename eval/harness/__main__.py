@@ -28,7 +28,7 @@ def main(args: list[str] | None = None) -> int:
     sys.argv = ["python -m eval.harness", *args]
     try:
         harness.cli_evaluate()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: of what a task needs
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -60,7 +60,7 @@ class RecycJax(TemplateLM):
             raise ValueError(
                 f"batch_size={batch_size} must be a whole number of at least 1: sizes are not found automatically"
             )
-        if device not in (None, "cuda", "cpu", "mps"):
+        if device not in (None, "cuda:0", "cuda", "cpu", "mps"):  # the first is the harness's default
             LOG.warning("device=%s is not heeded: pass backend=gpu, cpu or tpu", device)
         backends.select(backend)
         lm = rj.load_pretrained(pretrained, command_line.dtype_name(dtype))
