@@ -14,6 +14,7 @@ from conftest import environment
 from training_runs import finish, metrics, saved_steps, train_rows
 
 import recyc_jax as rj
+from recyc_jax import training_implementations
 from recyc_jax.commands import corpus as token_files
 from recyc_jax.commands import documents
 from train import checkpoint, data
@@ -64,6 +65,15 @@ def test_the_export_loads_in_transformers(training_command, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     np.testing.assert_allclose(rj.forward(lm.params, lm.config, tokens), expected, atol=1e-4)
+
+
+def test_packed_rows_without_a_fused_kernel_are_announced(training_command, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_implementations, "_capability", lambda: "9.0")
+    said = [
+        finish(training_command(tmp_path / "run", "--dry-run", *more, recycle="off", dtype="bfloat16")).stdout
+        for more in ((), ("--no-pack", "--attention", "reference"))
+    ]
+    assert ["packed rows are read by plain JAX" in one for one in said] == [True, False]
 
 
 def test_a_dry_run_allocates_nothing_and_says_what_would_be(training_command, run_module, tmp_path):
