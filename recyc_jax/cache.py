@@ -98,6 +98,7 @@ class LayerCache:
             local = sharding.split_kernel(LayerCache._append_to_part, k.shape[0], inputs, self.letters)
             return local(self, k, v, slot, is_new)
         if slot.ndim == 1:
+            assert is_new is None  # no caller has both
             return self._append_by_row(k, v, slot)
         zero, slot = jnp.zeros((), jnp.int32), self.place(slot)
         axes, begin = ((0, 2, 1, 3), (zero, zero, slot, zero))

@@ -16,14 +16,14 @@ from recyc_jax import generation_loop, implementations, lossless
 from recyc_jax.cache import KVCache
 from recyc_jax.config import LlamaConfig
 from recyc_jax.generation_checks import check_sampling, check_state, sampling_arguments
-from recyc_jax.generation_loop import DecodeState, Piece
+from recyc_jax.generation_loop import DecodeState, Stretch
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.registry import as_policy
 from recyc_jax.prefilling import NOWHERE, Answer, Prefilled, columns, prefill, with_tokens, without_tokens
-from recyc_jax.sampling import Chain, Greedy, as_chain
+from recyc_jax.sampling import Chain, Ends, Greedy, as_chain
 from recyc_jax.validation import whole_number
 
 
@@ -92,7 +92,8 @@ def generate(
     `eos_ids` is one id or several; None takes the config's, `()` none. `stop` are sequences of token ids that end a row
     too, the sequence included. `top_log_probabilities=n` also gives each token's log-probability, and the n most likely
     tokens of each place with theirs (0: none); they are the model's own, before `sampling`. `key` is one PRNG key or one
-    per row. Under a `Lossless` policy the result is a `LosslessGeneration`.
+    per row. With `top_log_probabilities` the result is a `ScoredGeneration`, otherwise under a `Lossless` policy a
+    `LosslessGeneration`.
     Raises ValueError naming the argument at fault, before the prompts are read; also for prompts that with their new
     tokens exceed the model's context, unless `allow_beyond_context`.
     """
@@ -180,15 +181,12 @@ def advance(
     implementation: str | None = None,
     top_log_probabilities: int | None = None,
     stop: Sequence[Sequence[int]] = (),
-    piece: Piece | None = None,
+    stretch: Stretch | None = None,
     last: Array | None = None,
 ) -> tuple[AnyGeneration, Prefilled]:
-    """The function behind `decode`. With a `piece`, `max_new_tokens` are its steps, or fewer of them. Under a `Lossless`
-    policy a piece makes up to `max_new_tokens` in each row, none after the row's answer has `last` [B] tokens."""
-    policy = as_policy(policy)
-    check_state(state, policy, implementation)
-    if isinstance(policy, Lossless):
-        lossless.check(config, as_chain(sampling), implementations.resolve(implementation))
+    """The function behind `decode`. With a `stretch`, `max_new_tokens` are its steps, or fewer of them. Under a `Lossless`
+    policy a stretch makes up to `max_new_tokens` in each row, none after the row's answer has `last` [B] tokens."""
+    policy = _checked(config, state, policy, sampling, implementation)
     new_tokens = state.room if max_new_tokens is None else whole_number("max_new_tokens", max_new_tokens, 1)
     if last is None and new_tokens > state.room:
         raise ValueError(f"max_new_tokens={new_tokens} must lie in 1..{state.room}: prefill made room for {state.room}")
@@ -200,7 +198,7 @@ def advance(
     bound = None if rewind and state.answer is None else state.cache.capacity
     limit = jnp.asarray(new_tokens, jnp.int32) if last is None else last
     if new_tokens == 1 and state.answer is None:
-        width, limit, piece = 1, None, None  # no step: a small program, after which a stream needs one more
+        width, limit, stretch = 1, None, None  # no step: a small program, after which a stream needs one more
     top = None if top_log_probabilities is None else whole_number("top_log_probabilities", top_log_probabilities, 0)
     stops = tuple(tuple(whole_number("stop", token, 0) for token in one) for one in stop)
     if not all(stops):
@@ -219,7 +217,7 @@ def advance(
         rewind,
         top,
         stops,
-        piece,
+        stretch,
     )
     out, state = decode_tokens(params, state.without_room(), *arguments)
     if width != new_tokens:
@@ -231,11 +229,21 @@ def advance(
     return out, dataclasses.replace(state, room=max(0, room - new_tokens), answer=answer, origin=origin)
 
 
+def _checked(
+    config: LlamaConfig, state: Prefilled, policy: Policy | str, sampling: Any, implementation: str | None
+) -> Policy:
+    """The policy, once it is known that it can go on from this state."""
+    policy = as_policy(policy)
+    check_state(state, policy, implementation)
+    if isinstance(policy, Lossless):
+        lossless.check(config, as_chain(sampling), implementations.resolve(implementation))
+    return policy
+
+
 def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, policy: Policy | str) -> jax.stages.Lowered:
     """The program of `decode(params, config, state, policy=policy)`, traced but not compiled. Compiled, it is called with
     `(params, state, None, as_chain(Greedy()))`. Raises ValueError as `decode` does."""
-    policy = as_policy(policy)
-    check_state(state, policy, None)
+    policy = _checked(config, state, policy, Greedy(), None)
     _, eos, pad = sampling_arguments(config, Greedy(), None, 0, None, None)
     return decode_tokens.lower(params, state, None, config, policy, state.room, as_chain(Greedy()), eos, pad, None)
 
@@ -244,7 +252,7 @@ def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, polic
     jax.jit,
     static_argnames=(
         *("config", "policy", "new_tokens", "eos_ids", "pad_id", "implementation"),
-        *("bound", "rewind", "top", "stops", "piece"),
+        *("bound", "rewind", "top", "stops", "stretch"),
     ),
     donate_argnames="state",
 )
@@ -264,54 +272,49 @@ def decode_tokens(
     rewind: bool = True,
     top: int | None = None,
     stops: tuple[tuple[int, ...], ...] = (),
-    piece: Piece | None = None,
+    stretch: Stretch | None = None,
 ) -> tuple[AnyGeneration, Prefilled]:
     """The program behind `decode`: `new_tokens` tokens a row, or `limit` of these; from prefill's logits on, they take
     one decode step fewer."""
 
-    chained, rows = as_chain(sampling), state.logits.shape[0]
+    chained, rows, ends = as_chain(sampling), state.logits.shape[0], Ends(eos_ids, stops)
 
     def choose(logits: Array, carry: DecodeState) -> tuple[Array, Any, Array, Any]:
         of_chain, recent = carry.sampling
         token = jnp.where(carry.done, pad_id, chained.choose(logits, carry.keys, carry.step, of_chain))
-        done = carry.done
-        for eos in eos_ids:
-            done = done | (token == eos)
         recent = jnp.concatenate([recent, token[:, None]], axis=1)[:, 1:]
-        for one in stops:
-            done = done | jnp.all(recent[:, recent.shape[1] - len(one) :] == jnp.asarray(one, jnp.int32), axis=1)
+        done = carry.done | ends.after(token, recent)
         return token, _recorded(logits, token, top), done, (chained.update(of_chain, token), recent)
 
     output = _columns(rows, new_tokens, pad_id, top)
     if isinstance(policy, Lossless):
         count = jnp.asarray(new_tokens, jnp.int32) if limit is None else limit
-        ends, drawn = lossless.Ends(eos_ids, stops), (chained, keys)
-        return _lossless(params, config, state, policy, implementation, *drawn, ends, output, count, rewind, top, piece)
+        drawn = chained, keys, ends
+        return _lossless(params, config, state, policy, implementation, *drawn, output, count, rewind, top, stretch)
     attention, before = implementations.resolve(implementation), state.answer
     loop = config, policy, attention, choose
     if before is None:
-        recent = jnp.full((rows, max(map(len, stops), default=0)), -1, jnp.int32)
+        recent = jnp.full((rows, ends.width), -1, jnp.int32)
         begun = (chained.start(state.seen, eos_ids), recent)
         now = generation_loop.begin(state, *loop, output, keys, bound, begun)
         last = None if limit is None else limit - 1
     else:
         # the pending token is that of step number `before.step`, and the next one is the first of this call
-        begun = before.step + 1
         now = DecodeState(
-            state.cache,
-            before.policy_states,
-            before.token,
-            before.step,
-            begun,
-            before.done,
-            keys,
-            output,
-            before.lengths,
-            before.full_steps,
-            before.sampling,
+            cache=state.cache,
+            policy_states=before.policy_states,
+            token=before.token,
+            step=before.step,
+            begun=before.step + 1,
+            done=before.done,
+            keys=keys,
+            output=output,
+            lengths=before.lengths,
+            full_steps=before.full_steps,
+            sampling=before.sampling,
         )
         last = before.step + (new_tokens if limit is None else limit)
-    end = generation_loop.proceed(params, *loop, state.row_lengths, now, last, bound, piece)
+    end = generation_loop.proceed(params, *loop, state.row_lengths, now, last, bound, stretch)
     lengths, full_steps = end.lengths, end.full_steps
     if before is not None:
         lengths, full_steps = lengths - before.lengths, full_steps - before.full_steps
@@ -330,20 +333,20 @@ def _lossless(
     implementation: str | None,
     chained: Chain,
     keys: Any,
-    ends: lossless.Ends,
+    ends: Ends,
     output: Any,
     count: Array,
     rewind: bool,
     top: int | None,
-    piece: Piece | None,
+    stretch: Stretch | None,
 ) -> tuple[AnyGeneration, Prefilled]:
-    """`decode_tokens` by drafts. With a `piece`, `count` [B] is that of the tokens that each row's answer has at most, not
-    of this call's."""
+    """`decode_tokens` by drafts. With a `stretch`, `count` [B] is that of the tokens that each row's answer has at most,
+    not of this call's."""
     attention, before, rows = implementations.resolve(implementation), state.answer, state.logits.shape[0]
-    recent = jnp.full((rows, max(map(len, ends.stops), default=0)), -1, jnp.int32)
+    recent = jnp.full((rows, ends.width), -1, jnp.int32)
     of_chain = chained.start(state.seen, ends.eos_ids) if before is None else ()
     carry = lossless.begin(attention, policy, state, output, of_chain, recent)
-    limit = jnp.broadcast_to(count, (rows,)) if piece is not None or before is None else before.lengths + count
+    limit = jnp.broadcast_to(count, (rows,)) if stretch is not None or before is None else before.lengths + count
     loop = lossless.Loop(
         params,
         config,
@@ -359,7 +362,7 @@ def _lossless(
     carry = loop.first(carry, state.logits) if before is None else carry
     columns = jax.tree.leaves(output)[0].shape[1]
     if columns > 1:
-        carry = loop.run(carry, None if piece is None else piece.rounds)
+        carry = loop.run(carry, None if stretch is None else stretch.rounds)
     layers = len(config.full_layers)
     full_steps = jnp.broadcast_to(carry.passes[:, None], (rows, layers))
     tokens, *of_tokens = carry.output
@@ -372,18 +375,18 @@ def _lossless(
     all_steps = full_steps if before is None else before.full_steps + full_steps
     prompt_length = state.cache.length if before is None else before.prompt_length
     answer = Answer(
-        policy,
-        (*carry.policy_states, carry.pace),
-        carry.token,
-        carry.lengths - 1,
-        carry.done,
-        keys,
-        carry.lengths,
-        all_steps,
-        (carry.of_chain, carry.recent),
-        prompt_length,
-        (),
-        0,
+        policy=policy,
+        policy_states=(*carry.policy_states, carry.pace),
+        token=carry.token,
+        step=carry.lengths - 1,
+        done=carry.done,
+        keys=keys,
+        lengths=carry.lengths,
+        full_steps=all_steps,
+        sampling=(carry.of_chain, carry.recent),
+        prompt_length=prompt_length,
+        rings=(),
+        room=0,
     )
     begun = jnp.zeros((rows, 1), jnp.int32) if before is None else before.lengths[:, None]
     return out, _answered(state, cache, answer, tokens, begun)
@@ -417,18 +420,18 @@ def _standing(end: DecodeState, policy: Policy, start: Prefilled, tokens: Array)
     else:
         rings, prompt_length = before.rings, before.prompt_length
     answer = Answer(
-        policy,
-        end.policy_states,
-        end.token,
-        end.step,
-        end.done,
-        end.keys,
-        end.lengths,
-        end.full_steps,
-        end.sampling,
-        prompt_length,
-        rings,
-        0,
+        policy=policy,
+        policy_states=end.policy_states,
+        token=end.token,
+        step=end.step,
+        done=end.done,
+        keys=end.keys,
+        lengths=end.lengths,
+        full_steps=end.full_steps,
+        sampling=end.sampling,
+        prompt_length=prompt_length,
+        rings=rings,
+        room=0,
     )
     return _answered(start, end.cache, answer, tokens, end.begun)
 

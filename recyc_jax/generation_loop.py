@@ -41,16 +41,16 @@ MOST_WITH_LIMIT = 8
 """The same where `limit` is an array, so that few steps run over it."""
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """A fixed run of the loop, for streams: `rounds` times a deciding step, if one is due, and up to `partial` partial
     steps. A host that runs it has nothing to wait for once its first deciding step is chosen, so that it prepares the
-    next piece meanwhile."""
+    next stretch meanwhile."""
 
     partial: int
     rounds: int = 1
 
     @classmethod
-    def of(cls, policy: Policy) -> Piece:
+    def of(cls, policy: Policy) -> Stretch:
         """At most `MOST_PER_SCAN` steps, as few as can be of which are none."""
         period = policy.period
         if period is None:
@@ -146,10 +146,10 @@ def proceed(
     state: DecodeState,
     last: Array | None,
     bound: int | None,
-    piece: Piece | None = None,
+    stretch: Stretch | None = None,
 ) -> DecodeState:
     """The state after decode step number `last`, counted from the prompt, or earlier, once all rows have ended; None: as
-    many steps as `output` has columns after the first. With a `piece`, `last` is a step that it reaches."""
+    many steps as `output` has columns after the first. With a `stretch`, `last` is a step that it reaches."""
     columns = jax.tree.leaves(state.output)[0].shape[1]
     steps, policy = columns - 1 if last is None else last, acting(policy, config)
     if columns == 1 and last is None:
@@ -163,7 +163,7 @@ def proceed(
         most = period or columns  # a policy that never decides takes partial steps alone
         per_scan = _largest_common_divisor(min(most - 1, columns - 1), (columns - 1) % most)
     else:
-        per_scan = _steps_at_once(policy) if piece is None else piece.partial
+        per_scan = _steps_at_once(policy) if stretch is None else stretch.partial
 
     def unfinished(state: DecodeState) -> Array:
         return (state.step < steps) & ~jnp.all(state.done)
@@ -198,8 +198,8 @@ def proceed(
     def one_round(state: DecodeState, _: None) -> tuple[DecodeState, None]:
         return partial_steps(decided(state)), None
 
-    if piece is not None:
-        return lax.scan(one_round, state, length=piece.rounds)[0]
+    if stretch is not None:
+        return lax.scan(one_round, state, length=stretch.rounds)[0]
     return lax.while_loop(unfinished, one_period, state)
 
 

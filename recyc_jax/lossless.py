@@ -37,7 +37,7 @@ from recyc_jax.policies.base import Caches, Step
 from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.recycled_parts import Noted
 from recyc_jax.prefilling import Prefilled
-from recyc_jax.sampling import Chain, Greedy, Sample, independent
+from recyc_jax.sampling import Chain, Ends, Greedy, Sample, independent
 
 DRAFTED, KEPT, REDRAWN = 1, 2, 3
 """What a row's key is folded with for the draws of one token."""
@@ -61,23 +61,6 @@ class LosslessState:
     accepted: Leaf  # int32 [B]
     of_chain: Any  # the processors' states
     recent: Leaf  # int32 [B, n]: the last tokens, for stop sequences
-
-
-@dataclasses.dataclass(frozen=True)
-class Ends:
-    """What ends a row."""
-
-    eos_ids: tuple[int, ...]
-    stops: tuple[tuple[int, ...], ...]
-
-    def after(self, token: Array, recent: Array) -> Array:
-        """Whether a row ends with this token; `recent` includes it."""
-        done = jnp.zeros(token.shape, jnp.bool_)
-        for eos in self.eos_ids:
-            done = done | (token == eos)
-        for one in self.stops:
-            done = done | jnp.all(recent[:, recent.shape[1] - len(one) :] == jnp.asarray(one, jnp.int32), axis=1)
-        return done
 
 
 def check(config: LlamaConfig, chained: Chain, attention: Implementation) -> None:

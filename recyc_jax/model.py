@@ -30,8 +30,8 @@ class Heads(NamedTuple):
     """What a layer hands to its attention function."""
 
     q: Array  # [B, T, N, H], after RoPE
-    k: Array  # [B, T, K, H], after RoPE
-    v: Array  # [B, T, K, H]
+    k: Any  # [B, T, K, H], after RoPE; None if the cache holds it already
+    v: Any  # [B, T, K, H], as k
     q_before_rope: Array  # [B, T, N, H]: some policies compare these
 
 

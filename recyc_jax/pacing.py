@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from recyc_jax import sharding
 from recyc_jax.attention.implementation import Implementation
 from recyc_jax.cache import Leaf
 from recyc_jax.config import LlamaConfig
@@ -134,10 +135,14 @@ class Pacing:
         return jnp.any(tokens > self.costs(ends).round(count))
 
     def costs(self, ends: Int[Array, " B"]) -> Costs:
-        """By the bytes that drafts, passes and full steps read, and what layers take beside that."""
+        """By the bytes that drafts, passes and full steps read on one device of the mesh that is set, and what layers take
+        beside that."""
         c, rows, dtype = self.config, self.starts.shape[0], self.params["embedding"].dtype
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+        split = sharding.split_of(rows)
+        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params)) / split.tensor
         token = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+        # rows and slots are shared evenly, key/value heads by the devices that do not share one
+        token = token * split.rows / rows / (split.tensor // split.group * sharding.slot_shares())
         held = (ends - self.starts).astype(jnp.float32)
         few = jnp.sum(jnp.minimum(held, self.policy.budget))
         beside = float(c.num_hidden_layers * OVERHEAD)  # more than 32 bits hold

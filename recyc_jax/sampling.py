@@ -7,6 +7,7 @@ tokens int32 [B]`."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -320,3 +321,25 @@ def independent(keys: Key[Array, "..."]) -> Key[Array, "..."]:
     words = jax.random.key_data(keys)
     flat = jax.vmap(fold)(words.reshape(-1, words.shape[-1]))
     return flat.reshape(keys.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """What ends a row: a token of `eos_ids`, or a sequence of tokens of `stops`."""
+
+    eos_ids: tuple[int, ...]
+    stops: tuple[tuple[int, ...], ...]
+
+    @property
+    def width(self) -> int:
+        """The latest tokens that must be known."""
+        return max(map(len, self.stops), default=0)
+
+    def after(self, token: Int[Array, " B"], recent: Int[Array, "B n"]) -> Bool[Array, " B"]:
+        """Whether a row ends with this token; `recent`, the latest tokens, includes it."""
+        done = jnp.zeros(token.shape, jnp.bool_)
+        for eos in self.eos_ids:
+            done = done | (token == eos)
+        for one in self.stops:
+            done = done | jnp.all(recent[:, recent.shape[1] - len(one) :] == jnp.asarray(one, jnp.int32), axis=1)
+        return done

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ def stream(
     implementation: str | None = None,
     allow_beyond_context: bool = False,
     top_log_probabilities: int | None = None,
+    stop: Sequence[Sequence[int]] = (),
     tokenizer: Any = None,
 ) -> Stream:
     """`generate`, but the tokens come in pieces of at most 16, and with a `tokenizer` their text too. It ends early when
@@ -112,6 +113,7 @@ def stream(
         key=key,
         implementation=implementation,
         top_log_probabilities=top_log_probabilities,
+        stop=stop,
     )
     return stream_after(params, config, state, policy=policy, tokenizer=tokenizer, **options)
 
@@ -142,12 +144,12 @@ def _pieces(
     if isinstance(policy, Lossless):
         yield from _blocks(params, config, state, policy, count, options)
         return
-    made, waiting, piece = 0, None, generation_loop.Piece.of(policy)
+    made, waiting, stretch = 0, None, generation_loop.Stretch.of(policy)
     step = None if state.answer is None else int(state.answer.step)
-    options = options | {"policy": policy, "rewind": False, "piece": piece}
+    options = options | {"policy": policy, "rewind": False, "stretch": stretch}
     while made < count:
         # the first token takes no step; alone it is there soon, and all further pieces are made by one program
-        size = 1 if step is None else min(piece.steps(policy, step), count - made)
+        size = 1 if step is None else min(stretch.steps(policy, step), count - made)
         out, state = advance(params, config, state, max_new_tokens=size, **options)
         step, made = 0 if step is None else step + size, made + size
         assert state.answer is not None
@@ -168,7 +170,7 @@ def _blocks(
     """`_pieces` of drafts that were verified: rows get different numbers of tokens from each. Of the state's room a piece
     takes as many tokens as it could have made."""
     rounds = max(1, generation_loop.MOST_PER_SCAN // (policy.draft_length + 1))
-    piece = generation_loop.Piece(policy.draft_length, rounds)
+    stretch = generation_loop.Stretch(policy.draft_length, rounds)
     options = options | {"policy": policy, "rewind": False}
     waiting, is_done, last = None, False, None if state.answer is None else state.answer.lengths + count
     while not is_done:
@@ -177,7 +179,7 @@ def _blocks(
             last = jnp.full(state.logits.shape[0], count, jnp.int32)
         else:
             most = rounds * (policy.draft_length + 1)
-            out, state = advance(params, config, state, max_new_tokens=most, piece=piece, last=last, **options)
+            out, state = advance(params, config, state, max_new_tokens=most, stretch=stretch, last=last, **options)
         assert state.answer is not None
         scores = out[3:] if isinstance(out, ScoredGeneration) else ()
         out = _Out(*out[:3], state.answer.done | (state.answer.lengths >= last), scores)

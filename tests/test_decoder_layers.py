@@ -42,7 +42,7 @@ def read(layer, heads, cached, state):
     """Attend to everything, and add the queries before RoPE, so that every output of the projections is used."""
     seen = visible(jnp.zeros(heads.q.shape[0], jnp.int32), jnp.int32(SLOT + 1), CAPACITY)
     out = reference.full(heads.q[:, 0], cached.keys, cached.values, seen)
-    return (out + heads.q_before_rope[:, 0])[:, None], (heads.k, heads.v)
+    return (out + heads.q_before_rope[:, 0])[:, None], state
 
 
 @given(
@@ -103,7 +103,9 @@ def test_which_projections_are_split():
     """Llama-3.1-8B has programs enough on one device, its parts on two and four devices have not."""
     parts = (dict(num_attention_heads=32 // n, num_key_value_heads=8 // n) for n in (1, 2, 4))
     large = SHAPES["llama-3.1-8b"]
-    assert [products.shares(dataclasses.replace(large, **part)) for part in parts] == [None, 2, 4]
+    shapes = [dataclasses.replace(large, **part) for part in parts]
+    assert [products.makes_heads_at_once(shape) for shape in shapes] == [True, False, False]
+    assert [products.shares(shape) for shape in shapes] == [1, 2, 4]
     assert products.shares(SHAPES["smollm2-135m"]) == 1
 
 

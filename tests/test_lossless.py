@@ -260,6 +260,20 @@ def test_costs_are_what_was_measured():
         assert abs(float(pass_cost) - passes) < 0.1
 
 
+@pytest.mark.parametrize("axis", ["data", "sequence"])
+def test_costs_are_those_of_a_device(axis):
+    """Four devices with four times the rows, or slots, each pay what one alone does."""
+    config, policy = SHAPES["llama-3.1-8b"], rj.parse_policy("recycled:budget=1024,draft=8")
+    params = jax.eval_shape(lambda: rj.init_params(config, jax.random.key(0), jnp.bfloat16))
+    gpu = implementations.resolve("pallas_gpu")
+    alone = pacing.Pacing(params, config, gpu, policy, jnp.zeros(1, int)).costs(jnp.full(1, 100_000))
+    rows, held = (4, 100_000) if axis == "data" else (1, 400_000)
+    mesh = jax.sharding.AbstractMesh((4,), (axis,), (jax.sharding.AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        shared = pacing.Pacing(params, config, gpu, policy, jnp.zeros(rows, int)).costs(jnp.full(rows, held))
+    np.testing.assert_allclose(shared, alone, rtol=1e-6 if axis == "data" else 0.02)
+
+
 def test_forced_tokens_are_full_attentions(params, config):
     tokens = np.random.default_rng(0).integers(2, 96, (2, 30))
     one, other = (rj.score(params, config, tokens, policy=policy, context_length=9) for policy in ("full", STRINGS[0]))

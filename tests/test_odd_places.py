@@ -25,7 +25,7 @@ def test_a_text_from_a_folder_of_any_name_in_any_home(folder, run_module):
     assert "6 made" in ran.stderr
     ran = run_module("recyc_jax", "Quelle clé?", *small, cwd=folder, env=env)
     assert ran.returncode == 2
-    assert "error: prompt: character 9 is no " in ran.stderr
+    assert "error: prompt: character 9 is no text in this locale's encoding, " in ran.stderr
     assert "set PYTHONUTF8=1" in ran.stderr
 
 

@@ -138,6 +138,8 @@ with jax.set_mesh(mesh):
         rj.prefill(params, config, spread + 2**20)
     except ValueError as error:
         assert "outside the vocabulary" in str(error)
+    else:
+        raise AssertionError("ids beyond the vocabulary were read")
 print(rows_here, [(row["policy"], row["domain"], *row["each"]) for row in rows])
 """
 

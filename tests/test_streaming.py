@@ -6,7 +6,7 @@ import pytest
 from policy_strings import NEW, RAGGED, STRINGS, every_policy
 
 import recyc_jax as rj
-from recyc_jax.generation_loop import Piece
+from recyc_jax.generation_loop import Stretch
 from recyc_jax.spelling import Spelling
 
 
@@ -96,7 +96,7 @@ def test_no_half_characters(size):
 def test_pieces_are_short_and_waste_little(period):
     """From any step, a piece takes from 1 to 16 steps, and few of those that its program has room for are none."""
     policy = rj.FullAttention() if period is None else rj.Lookahead(8, period)
-    piece = Piece.of(policy)
+    piece = Stretch.of(policy)
     for first in range(0, 3 * (period or 5)):
         assert 1 <= piece.steps(policy, first) <= 16
     step = used = made = 0

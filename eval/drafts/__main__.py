@@ -101,26 +101,26 @@ def _prepare(config: Config) -> Callable[[], None]:
 
 
 def _estimate(config: Config, shape: LlamaConfig, policies: list[Lossless]) -> None:
-    """Times by the bytes of 16-bit weights and caches; what layers take beside reading is not in them."""
+    """Times by the bytes of 16-bit weights and caches, and what layers take beside reading them, as the loop counts."""
     import recyc_jax as rj
     from eval.speed import roofline
     from eval.tables import print_table
-    from recyc_jax.pacing import PASS_COST
+    from recyc_jax.pacing import OVERHEAD, PASS_COST
 
     device, body = roofline.DEVICES[config.device], []
+    beside = shape.num_hidden_layers * OVERHEAD / (device.gigabytes_per_second * device.reached * 1e6)
     for policy in policies:
         length = 1024
         while length <= shape.max_position_embeddings:
-            full = roofline.estimate(shape, rj.FullAttention(), config.batch, length, device.copies).milliseconds(
-                device
-            )
+            every = roofline.estimate(shape, rj.FullAttention(), config.batch, length, device.copies)
+            full = every.milliseconds(device) + beside
             draft = roofline.estimate(shape, policy.drafter, config.batch, length, device.copies).partial
             assert draft is not None
-            token = policy.draft_length * draft.milliseconds(device) + PASS_COST * full
+            token = policy.draft_length * (draft.milliseconds(device) + beside) + PASS_COST * full
             token /= config.tokens_per_pass
             body.append([str(policy), str(length), f"{full:.2f}", f"{token:.2f}", f"{full / token:.2f}"])
             length *= 2
-    title = f"ms a token by bytes, {config.model}, batch {config.batch}, {config.device}"
+    title = f"ms a token by bytes and layers, {config.model}, batch {config.batch}, {config.device}"
     title += f", {config.tokens_per_pass:g} tokens a pass"
     print_table(title, ["policy", "length", "full", "drafted", "x full"], body, {}, keys=2)
 
@@ -178,7 +178,7 @@ def _round_ms(config: Config, shape: LlamaConfig, params: Any, policy: Lossless)
 
     from recyc_jax.commands import measuring
     from recyc_jax.generation import advance
-    from recyc_jax.generation_loop import Piece
+    from recyc_jax.generation_loop import Stretch
 
     rounds, policy = 8, dataclasses.replace(policy, adapt=False)
     room = (config.repeats + 1) * rounds * (policy.draft_length + 1)
@@ -189,7 +189,9 @@ def _round_ms(config: Config, shape: LlamaConfig, params: Any, policy: Lossless)
     for _ in range(config.repeats + 1):  # the first time compiles
         began = time.perf_counter()
         count = rounds * (policy.draft_length + 1)
-        out, state = advance(params, shape, state, max_new_tokens=count, piece=Piece(1, rounds), last=last, **options)
+        out, state = advance(
+            params, shape, state, max_new_tokens=count, stretch=Stretch(1, rounds), last=last, **options
+        )
         jax.block_until_ready(out.tokens)
         took.append(1000 * (time.perf_counter() - began) / rounds)
     return sorted(took[1:])[config.repeats // 2]

@@ -69,10 +69,15 @@ def _one_line(error: Exception) -> str:
     """The message of an error without line breaks."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    advice = _of_locale() if isinstance(error, UnicodeError) else ""
+    return " ".join(str(error).split("\n")) + advice or type(error).__name__
+
+
+def _of_locale() -> str:
+    """What to do about text that the locale's encoding does not have; nothing where that is UTF-8."""
     encoding = locale.getpreferredencoding(False)
-    if isinstance(error, UnicodeError) and encoding.lower().replace("-", "") != "utf8":
-        return f"{error}: this locale's encoding is {encoding}; set PYTHONUTF8=1"
-    return " ".join(str(error).split("\n")) or type(error).__name__
+    is_utf_8 = encoding.lower().replace("-", "") == "utf8"
+    return "" if is_utf_8 else f" in this locale's encoding, {encoding}: set PYTHONUTF8=1"
 
 
 def _first_line(error: Exception) -> str:
@@ -118,10 +123,7 @@ def check_texts(**texts: str | None) -> None:
         try:
             (text or "").encode()
         except UnicodeEncodeError as error:
-            encoding = locale.getpreferredencoding(False)
-            raise ValueError(
-                f"{name}: character {error.start} is no {encoding}, this locale's encoding: set PYTHONUTF8=1"
-            ) from None
+            raise ValueError(f"{name}: character {error.start} is no text{_of_locale()}") from None
 
 
 def check_counts(**counts: int) -> None:

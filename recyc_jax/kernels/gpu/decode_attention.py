@@ -98,7 +98,7 @@ def kept(
     rest: Remainder | None = None,
 ) -> Float[Array, "B N H"]:
     """One query per row over what `reads` names of the listed slots (-1 lists nothing) and of the newest ones, and over
-    the token of `rest`. Rows that are not in `rows` (None: no row) read nothing."""
+    the token of `rest`. Rows outside of `rows` (None: all rows count) read nothing."""
     newest = (reads.first, jnp.reshape(reads.length, -1))
     return _attend(q, keys, values, slots, newest, reads.most, reads.replacing, rows=rows, rest=rest).out
 

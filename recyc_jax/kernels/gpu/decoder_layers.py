@@ -3,8 +3,8 @@
 
 A product of a few rows takes as long as its weights take to be read; norms, gates, rotations and residuals beside it
 cost little arithmetic and, as kernels of their own, some 2 us each. So each product takes them in: six kernels per
-layer of Llama, one more where heads have norms, and two more where the norms of attention and feed-forward come after
-them: those need all of a product before they can begin."""
+layer of Llama, one more where heads have norms or are few (`products.makes_heads_at_once`), and two more where the norms
+of attention and feed-forward come after them: those need all of a product before they can begin."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ def _to_heads(
     cached: LayerCache,
     slot: Array,
 ) -> tuple[Heads, LayerCache]:
-    """The heads of the normed stream; and where rows have one token each the cache with its key and value, which the
-    kernel that computes them writes. `config` is the shape on one device."""
+    """The heads of the normed stream; and where rows have one token each the cache with its key and value in place of
+    `Heads.k` and `Heads.v`: the kernel that computes them writes them. `config` is the shape on one device."""
     eps, rows = config.rms_norm_eps, stream.x.shape[0]
     linears = tuple(_linear(attention, name) for name in ("q_proj", "k_proj", "v_proj"))
     factors = tuple(made.of(attention, name) for name in ("q_norm", "k_norm"))
@@ -142,20 +142,20 @@ def _to_heads(
         if stream.x.shape[1] > 1:
             raw = products.projected(stream, linears, eps)
             return _heads(config, [one.reshape(*stream.x.shape[:2], -1) for one in raw], norms, its), cached
-        shares = products.shares(config)
-        if shares or products.finishes_heads(config) or rotation is None:
-            raw = products.projected_in_shares(stream, linears, eps, shares)
-            made_heads = normed.finished_heads(raw, norms, its, cached, slot)
-        else:
+        if products.makes_heads_at_once(config):
+            assert rotation is not None
             cos, sin = rotation
-            made_heads = products.to_heads(stream, linears, cos, sin, cached, slot, eps, norms)
-        q, q_before_rope, k, v, cached = made_heads
-        return Heads(q, k, v, q_before_rope), cached
+            q, q_before_rope, cached = products.to_heads(stream, linears, cos, sin, cached, slot, eps, norms)
+        else:
+            raw = products.projected_in_shares(stream, linears, eps, products.shares(config))
+            q, q_before_rope, cached = normed.finished_heads(raw, norms, its, cached, slot)
+        return Heads(q, None, None, q_before_rope), cached
 
     by = multiplier if isinstance(multiplier, jax.Array) else None
     by_query, by_key = Linear("-N", "N"), Linear("-K", "K")
     inputs = ("B", (by_query, by_key, by_key), "-", "B", "B", cached.letters, "B" if slot.ndim else "")
-    outputs = (Heads(*cast(Any, ("B-N-", "B-K-", "B-K-", "B-N-"))), cached.letters)
+    of_new = "B-K-" if stream.x.shape[1] > 1 else None
+    outputs = (Heads(*cast(Any, ("B-N-", of_new, of_new, "B-N-"))), cached.letters)
     local = sharding.split_kernel(on_device, rows, inputs, outputs)
     return local(stream, linears, factors, positions.rotation, by, cached, slot)
 

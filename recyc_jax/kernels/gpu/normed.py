@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from recyc_jax.cache import LayerCache
 from recyc_jax.kernels.gpu import triton_call
-from recyc_jax.kernels.gpu.products import Linear, added, written
+from recyc_jax.kernels.gpu.products import Linear, added
 from recyc_jax.kernels.gpu.rows import (
     Norm,
     Stream,
@@ -45,7 +45,7 @@ def finished_heads(
     positions: Positions,
     cached: LayerCache,
     slot: Int[Array, ""] | Int[Array, " B"],
-) -> tuple[Array, Array, Array, Array, LayerCache]:
+) -> tuple[Array, Array, LayerCache]:
     """As `to_heads`, from the projections `raw` of q, k and v, the sums over P. `norms` are those of q and k, over each
     head or over the whole projection by their size; None without."""
     keys, values = cached.keys, cached.values
@@ -75,8 +75,7 @@ def finished_heads(
         columns=columns,
         dim=dim,
     )
-    k, v = written(keys, slot), written(values, slot)
-    return q[:rows, None], q_before_rope[:rows, None], k, v, cached.replaced(keys, values)
+    return q[:rows, None], q_before_rope[:rows, None], cached.replaced(keys, values)
 
 
 def _finished(

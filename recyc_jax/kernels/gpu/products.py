@@ -1,8 +1,9 @@
 """Matrix products of a few rows on NVIDIA GPUs: Pallas (Triton) kernels that read every weight once.
 
-A program computes a few columns of the output from all of x, so there are no partial sums to add up afterwards; the
-next weights are loaded while the previous ones are multiplied. Residuals, norms' scales, angles and biases are loaded
-before the loop over the weights, so that nothing waits for them at its end."""
+A program computes a few columns of the output from all of x, so there are no partial sums to add up afterwards (but for
+heads where there are few: `projected_in_shares`); the next weights are loaded while the previous ones are multiplied.
+Residuals, norms' scales, angles and biases are loaded before the loop over the weights, so that nothing waits for them at
+its end."""
 
 from __future__ import annotations
 
@@ -85,18 +86,6 @@ LEAST_TOGETHER = 8
 """Columns of a matrix that must lie side by side for loads of 16 bytes: 8 of bfloat16."""
 
 
-def shares(config: LlamaConfig) -> int | None:
-    """Into how many shares of their rows the projections to heads are split, so that enough programs read them; None if
-    they are wide enough as they are."""
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    programs, count = heads * config.head_dim // SHARE.columns, 1
-    if programs >= SHARE_PROGRAMS:
-        return None
-    while programs * count < SHARE_PROGRAMS and config.hidden_size // (2 * count) >= LEAST_SHARE:
-        count *= 2
-    return count
-
-
 def _columns(tile: _Tile, width: int) -> int:
     """Columns per program of matrices of that width."""
     columns = tile.columns
@@ -105,27 +94,38 @@ def _columns(tile: _Tile, width: int) -> int:
     return columns
 
 
-def finishes_heads(config: LlamaConfig) -> bool:
-    """Whether heads need more after their projection than a program can do that makes a part of a head, or all of one
-    where there are enough: then `projected` and `finished_heads` make them, otherwise `to_heads` at once."""
-    scaling, half = config.rope_scaling, config.head_dim // 2
+def makes_heads_at_once(config: LlamaConfig) -> bool:
+    """Whether `to_heads` makes the heads: where there are programs enough, and heads need no more after their projection
+    than a program can do that makes a part of a head, or all of one. Otherwise `projected_in_shares` and `finished_heads`
+    make them."""
+    scaling, half, heads = config.rope_scaling, config.head_dim // 2, _heads_of(config)
     multiplied = config.query_multiplier != 1 or (scaling is not None and scaling.llama_4_scaling_beta != 0)
     partly = config.rotary_dim < config.head_dim or bool(config.layers_without_rope)
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
     whole = config.qk_norm == "head" and heads >= LEAST_WHOLE_HEADS and half in WHOLE_HALVES
-    return multiplied or partly or not (config.qk_norm is None or whole)
+    are_enough = heads * config.head_dim // SHARE.columns >= SHARE_PROGRAMS
+    return are_enough and not (multiplied or partly) and (config.qk_norm is None or whole)
+
+
+def shares(config: LlamaConfig) -> int:
+    """Into how many shares of their rows the projections to heads are split, so that enough programs read them."""
+    programs, count = _heads_of(config) * config.head_dim // SHARE.columns, 1
+    while programs * count < SHARE_PROGRAMS and config.hidden_size // (2 * count) >= LEAST_SHARE:
+        count *= 2
+    return count
 
 
 def head_columns(config: LlamaConfig) -> int | None:
     """Columns of a head that a program makes at least, in the projections to heads; None where the head dim allows too
     few."""
-    half = config.head_dim // 2
-    if finishes_heads(config):
-        columns = config.head_dim & -config.head_dim
-        return columns if columns >= LEAST_TOGETHER else None
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    columns = math.gcd(_columns(HEADS, heads * half), half)
+    half, columns = config.head_dim // 2, config.head_dim & -config.head_dim
+    if makes_heads_at_once(config):
+        columns = math.gcd(_columns(HEADS, _heads_of(config) * half), half)
     return columns if columns >= LEAST_TOGETHER else None
+
+
+def _heads_of(config: LlamaConfig) -> int:
+    """Heads of queries, keys and values."""
+    return config.num_attention_heads + 2 * config.num_key_value_heads
 
 
 def begin(x: Float[Array, "B T D"], scale: Float[Array, " D"] | None) -> Stream:
@@ -145,8 +145,8 @@ def to_heads(
     slot: Int[Array, ""] | Int[Array, " B"],
     eps: float,
     norms: Sequence[Norm] | None = None,
-) -> tuple[Array, Array, Array, Array, LayerCache]:
-    """q, q before RoPE, k, v [B, 1, heads, H] of the normed stream, and the cache with k and v written into it at
+) -> tuple[Array, Array, LayerCache]:
+    """q and q before RoPE [B, 1, N, H] of the normed stream, and the cache with the keys and values written into it at
     `slot`. `norms` are those of q and k over each head: then a program makes a whole head."""
     x, keys, values = stream.x, cached.keys, cached.values
     rows, dim = x.shape[0], keys.shape[3]
@@ -173,35 +173,28 @@ def to_heads(
         eps=eps,
         normed_heads=norms is not None,
     )
-    k, v = written(keys, slot), written(values, slot)
-    return q[:rows, None], q_before_rope[:rows, None], k, v, cached.replaced(keys, values)
-
-
-def written(stored: Float[Array, "B K S H"], slot: Int[Array, ""] | Int[Array, " B"]) -> Float[Array, "B 1 K H"]:
-    """What a slot, or each row's slot, holds."""
-    if slot.ndim == 0:
-        return lax.dynamic_slice_in_dim(stored, slot, 1, 2).swapaxes(1, 2)
-    return jnp.take_along_axis(stored, slot[:, None, None, None], axis=2).swapaxes(1, 2)
+    return q[:rows, None], q_before_rope[:rows, None], cached.replaced(keys, values)
 
 
 def projected(stream: Stream, linears: Sequence[Linear], eps: float, dtype: Any = None) -> list[Array]:
-    """Several projections [B, F] of the normed stream (of x itself, if no norm comes before them), in x's dtype or
+    """Several projections [B T, F] of the normed stream (of x itself, if no norm comes before them), in x's dtype or
     another."""
     return [one[:, 0] for one in _projections(stream, linears, eps, ADDED, 1, dtype or stream.x.dtype)]
 
 
 def projected_in_shares(
-    stream: Stream, linears: Sequence[Linear], eps: float, count: int | None
+    stream: Stream, linears: Sequence[Linear], eps: float, count: int
 ) -> list[Float[Array, "B P _"]]:
-    """Several projections, each as its `count` addends P (None: one)."""
-    dtype = jnp.float32 if count else stream.x.dtype
-    return _projections(stream, linears, eps, SHARE if count else ADDED, count or 1, dtype)
+    """Several projections, each as its `count` addends P: in float32 if there is more than one."""
+    width = sum(linear.kernel.shape[1] for linear in linears)
+    tile = SHARE if width // SHARE.columns < SHARE_PROGRAMS else ADDED
+    return _projections(stream, linears, eps, tile, count, jnp.float32 if count > 1 else stream.x.dtype)
 
 
 def _projections(
     stream: Stream, linears: Sequence[Linear], eps: float, tile: _Tile, count: int, dtype: Any
 ) -> list[Array]:
-    """Several projections [B, P, F], of `count` shares of the features."""
+    """Several projections [B T, P, F], of `count` shares of the features."""
     rows, widths = math.prod(stream.x.shape[:-1]), [linear.kernel.shape[1] for linear in linears]
     columns = math.gcd(tile.columns if tile is SHARE else _columns(tile, sum(widths)), *widths)
     shapes = [jax.ShapeDtypeStruct((rows + spare(), count, width), dtype) for width in widths]

@@ -30,9 +30,9 @@ class Norm(NamedTuple):
 class Stream(NamedTuple):
     """The residual stream between two products, with what the norm that follows needs."""
 
-    x: Array  # [B, 1, D]
-    scaled: Array | None = None  # [B, 1, D]: x times that norm's scale; None where no norm follows
-    squares: Array | None = None  # float32 [B, 1, P]: the squares of x, summed over P parts of D
+    x: Array  # [B, T, D]
+    scaled: Array | None = None  # [B, T, D]: x times that norm's scale; None where no norm follows
+    squares: Array | None = None  # float32 [B, T, P]: the squares of x, summed over P parts of D
 
 
 def spare() -> int:
