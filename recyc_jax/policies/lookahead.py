@@ -1,4 +1,4 @@
-"""Recycled attention that loses nothing: the rule of this project, beside the paper's in `recycled.py`.
+"""Recycled attention by the rule of this project, beside the paper's in `recycled.py`.
 
 A full step every `stride` steps; the steps between attend to `budget` tokens, chosen at the last full step, as in the
 paper. Ours, each measured in docs/results/lookahead.md:
