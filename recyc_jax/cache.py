@@ -92,6 +92,7 @@ class LayerCache:
     ) -> LayerCache:
         """The cache with T tokens written from `slot`, or each row's slot, on; T = 1 in a ring. Slots that are not new stay
         as they are."""
+        slot = jnp.asarray(slot)  # a number where jit is disabled
         if self.window is None and sharding.slot_shares() > 1 and not sharding.unsplit():
             is_new = jnp.ones(k.shape[:2], jnp.bool_) if is_new is None else is_new
             inputs = self.letters, "B-K-", "B-K-", "B" if slot.ndim else "", "B-"

@@ -27,6 +27,11 @@ def _all_windows(hf: HF, layers: int) -> list[str]:
     return [SLIDING] * layers
 
 
+def _all_windows_unless_stated(hf: HF, layers: int) -> list[str]:
+    """Mistral's rule: transformers takes a config with `layer_types` for a Ministral, whose windows go by these."""
+    return _stated_layer_types(hf, layers, (FULL, SLIDING)) or [SLIDING] * layers
+
+
 def _windows_in_the_last_layers(hf: HF, layers: int) -> list[str]:
     """Qwen's rule: off unless `use_sliding_window`, and then from layer `max_window_layers` on."""
     first = whole_number("max_window_layers", _given(hf, "max_window_layers", 28), 0)
@@ -88,7 +93,9 @@ _QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_w
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}, {}, _all_windows
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+        {},
+        _all_windows_unless_stated,
     ),
     "ministral3": Family(
         {
@@ -158,6 +165,8 @@ def text_part(hf: HF) -> HF:
         of_whole["eos_token_id"] = hf["eos_token_id"]
     quantised = {"quantization_config": hf["quantization_config"]} if hf.get("quantization_config") else {}
     stated = {name: value for name, value in text.items() if value is not None or name == "sliding_window"}
+    if kind == "mistral3":  # transformers takes a text_config for what its model_type says, whatever else it has
+        stated.pop("layer_types", None)
     return {"model_type": WITH_IMAGES[kind]} | stated | of_whole | quantised
 
 
@@ -257,6 +266,8 @@ def _rope(hf: HF, kind: str, made: Mapping[str, Any]) -> dict[str, Any]:
     `rope_scaling` before it; transformers too prefers the older fields where both are there."""
     name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
     rope = hf.get(name) or {}
+    if isinstance(rope, Mapping) and kind != "ministral3":  # no other model of transformers reads it
+        rope = {key: value for key, value in rope.items() if key != "llama_4_scaling_beta"}
     if not isinstance(rope, Mapping):
         raise ValueError(f"{name}={rope!r} must be an object")
     found: dict[str, Any] = {}

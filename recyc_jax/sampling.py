@@ -23,6 +23,9 @@ Steps: TypeAlias = Int[Array, ""] | Int[Array, "B 1"]
 """The number of a token, or of each row's token."""
 
 
+LEAST_TEMPERATURE = 1e-30
+
+
 @flax.struct.dataclass
 class Greedy:
     """Chooses the most likely token; ties go to the lower id."""
@@ -50,7 +53,8 @@ class Sample:
     min_p: Any = None
 
     def __post_init__(self) -> None:
-        check("temperature", self.temperature, above=0.0, hint="use Greedy() for the most likely token")
+        # logits over less than that are beyond float32
+        check("temperature", self.temperature, above=LEAST_TEMPERATURE, hint="use Greedy() for the most likely token")
         check("top_k", self.top_k, least=1.0, whole=True)
         check("top_p", self.top_p, above=0.0, most=1.0)
         check("min_p", self.min_p, least=0.0, most=1.0)
@@ -268,17 +272,20 @@ def by_row(value: Any, rows: int) -> Array:
 
 
 def _as_floats(struct: Any, *names: str) -> None:
-    """Make whole numbers floats, for which programs are compiled."""
+    """Make whole numbers floats, for which programs are compiled, and lists arrays."""
     for name in names:
-        if isinstance(getattr(struct, name), int):
-            object.__setattr__(struct, name, float(getattr(struct, name)))
+        value = getattr(struct, name)
+        if isinstance(value, int):
+            object.__setattr__(struct, name, float(value))
+        elif isinstance(value, list | tuple):
+            object.__setattr__(struct, name, np.asarray(value, np.float32))
 
 
 def check(
     name: str,
     value: Any,
     *,
-    above: float = -math.inf,
+    above: float | None = None,
     least: float = -math.inf,
     most: float = math.inf,
     whole: bool = False,
@@ -299,9 +306,11 @@ def check(
     said = f" ({hint})" if hint else ""
     if not is_number or numbers.ndim > 1:
         raise ValueError(f"{name}={value!r} must be a {'whole ' if whole else ''}number, or one for each row{said}")
-    inside = (numbers > above) & (numbers >= least) & (numbers <= most)
+    inside = (numbers >= least) & (numbers <= most)
+    if above is not None:
+        inside = inside & (numbers > above)
     if not np.all(inside & (np.isfinite(numbers.astype(np.float64)) | infinite)):
-        low = f"above {above:g}" if above > -math.inf else f"at least {least:g}" if least > -math.inf else "finite"
+        low = f"above {above:g}" if above is not None else f"at least {least:g}" if least > -math.inf else "finite"
         high = f" and at most {most:g}" if most < math.inf else ""
         raise ValueError(f"{name}={value!r} must be {low}{high}{said}")
 

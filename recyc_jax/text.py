@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,13 +39,19 @@ def policy_of(policy: Policy | str, length: int) -> Policy:
     return as_policy(parse_policy(policy, length) if isinstance(policy, str) else policy)
 
 
-def prompt_text(tokenizer: Any, prompt: str | Sequence[Any]) -> str:
-    """The text of a prompt: a text as it is, messages ({"role": ..., "content": ...}) in the tokenizer's chat template.
-    Raises ValueError where there is no template, and for half a surrogate pair, which no tokenizer takes."""
+def prompt_text(tokenizer: Any, prompt: str | Sequence[Any], template_options: Mapping[str, Any] | None = None) -> str:
+    """The text of a prompt: a text as it is, messages ({"role": ..., "content": ...}) in the tokenizer's chat template,
+    whose own variables `template_options` may set. Raises ValueError where there is no template or it refuses the messages,
+    and for half a surrogate pair, which no tokenizer takes."""
     if isinstance(prompt, str):
         text = prompt
     elif tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True, **(template_options or {})
+            )
+        except Exception as error:  # templates are programs of the model's, and raise what they like
+            raise ValueError(f"the model's chat template refuses these messages: {error}") from None
     else:
         raise ValueError("this model's tokenizer has no chat template: pass text instead of messages")
     try:
@@ -57,16 +63,25 @@ def prompt_text(tokenizer: Any, prompt: str | Sequence[Any]) -> str:
     return text
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[Any]) -> list[int]:
+def prompt_ids(
+    tokenizer: Any, prompt: str | Sequence[Any], template_options: Mapping[str, Any] | None = None
+) -> list[int]:
     """The token ids of a text, after the special tokens that the tokenizer puts before one, or of messages."""
     is_text = isinstance(prompt, str)
-    ids = tokenizer(prompt_text(tokenizer, prompt), add_special_tokens=is_text)["input_ids"]
+    ids = tokenizer(prompt_text(tokenizer, prompt, template_options), add_special_tokens=is_text)["input_ids"]
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id}
     while is_text and len(ids) > 1 and ids[-1] in ends:  # an end behind the prompt would end the answer too
         ids = ids[:-1]
     if not ids:
         raise ValueError("the prompt is empty: pass at least one character")
     return list(ids)
+
+
+def _is_prompt(prompt: Any) -> bool:
+    """Whether it is a text, or messages."""
+    if isinstance(prompt, list | tuple):
+        return len(prompt) > 0 and all(isinstance(message, Mapping) for message in prompt)
+    return isinstance(prompt, str)
 
 
 def generate_text(
@@ -78,14 +93,16 @@ def generate_text(
     policy: Policy | str = DEFAULT_POLICY,
     max_new_tokens: int = 256,
     sampling: Any = Greedy(),
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
     key: Any = None,
     eos_ids: Any = None,
     allow_beyond_context: bool = False,
 ) -> Reply:
     """The function behind `PretrainedLM.generate`, which describes it."""
-    is_one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
-    prompts = [prompts] if is_one else list(prompts)
+    is_one = _is_prompt(prompts)
+    prompts = [prompts] if is_one else prompts
+    if not isinstance(prompts, list | tuple) or not all(map(_is_prompt, prompts)):
+        raise ValueError("prompts must be a text, messages, or a list of these; token ids go to rj.generate")
     stops = stop_strings(stop)
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     chosen = policy_of(policy, max(map(len, ids), default=0) + max_new_tokens)
@@ -123,9 +140,9 @@ def generate_text(
     return Reply(*[field[0] for field in reply[:-1]], seconds=reply.seconds)
 
 
-def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """The strings that end an answer. Raises ValueError for anything but texts of one character at least."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+def stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The strings that end an answer (None: none). Raises ValueError for anything but texts of one character at least."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(one, str) and one for one in stops):
         raise ValueError(f"stop={stop!r} must be a text or several, none of them empty")
     return stops

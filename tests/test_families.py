@@ -2,6 +2,7 @@
 transformers saves and we load, alone and in ragged batches, below and far beyond window and original context."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,10 @@ VARIETIES = {
     "ministral3": (
         "Ministral3",
         dict(head_dim=8, rope_parameters=YARN | dict(llama_4_scaling_beta=0.3, mscale=1.0, mscale_all_dim=1.0)),
+    ),
+    "mistral_llama4": (
+        "Mistral",
+        dict(sliding_window=None, rope_parameters=YARN | dict(llama_4_scaling_beta=0.3)),
     ),
     "qwen2_yarn": ("Qwen2", dict(rope_parameters=YARN)),
     "qwen2_windows": ("Qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=2)),
@@ -98,6 +103,26 @@ def pair(request, tmp_path_factory):
     model.save_pretrained(folder, max_shard_size="40KB")
     config = pretrained.read_config(folder)
     return model, config, pretrained.load_params(folder, config, jnp.float32)
+
+
+def test_mistral_with_layer_types_is_a_ministral(tmp_path):
+    """As transformers reads such a config: the windows are those of the layers that `layer_types` names."""
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    torch.manual_seed(0)
+    model = transformers.MinistralForCausalLM(
+        transformers.MinistralConfig(**SHAPE | dict(sliding_window=9, head_dim=8, layer_types=kinds))
+    ).eval()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"model_type": "mistral"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = pretrained.read_config(tmp_path)
+    assert config.layer_types == tuple(kinds)
+    params = pretrained.load_params(tmp_path, config, jnp.float32)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
+    read_by_transformers = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        want = read_by_transformers(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(rj.forward(params, config, jnp.asarray(tokens)), want, atol=2e-4)
 
 
 def test_every_family_is_here():

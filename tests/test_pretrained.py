@@ -38,6 +38,23 @@ def test_dtypes(tmp_path):
         chex.assert_trees_all_equal(rj.load_pretrained(str(tmp_path)).params, wide)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int32", "bogus", object()])
+def test_weights_are_floating_point(tmp_path, dtype):
+    checkpoints.write_folder(tmp_path)
+    with pytest.raises(ValueError, match="must be a floating-point dtype"):
+        rj.load_pretrained(str(tmp_path), dtype)
+
+
+def test_what_generation_config_would_change_is_said(tmp_path, caplog):
+    checkpoints.write_folder(tmp_path)
+    (tmp_path / "generation_config.json").write_text(
+        '{"suppress_tokens": [5], "bad_words_ids": null, "eos_token_id": 2}'
+    )
+    pretrained.read_config(tmp_path)
+    assert "suppress_tokens not heeded" in caplog.text
+    assert "bad_words_ids" not in caplog.text
+
+
 def test_generation_config_names_the_eos(tmp_path):
     checkpoints.write_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))

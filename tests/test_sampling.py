@@ -1,9 +1,13 @@
 """Samplers: distributions, restrictions and keys."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import environment
 
 import recyc_jax as rj
 
@@ -127,3 +131,51 @@ def test_rows_draw_alone(params, config):
     assert (
         np.asarray(together) != np.asarray(rj.generate(params, config, prompts, key=jax.random.key(8), **run).tokens)
     ).any()
+
+
+def test_numbers_of_rows_may_be_lists(params, config):
+    """Lists are as arrays, and what float32 cannot divide by is refused."""
+    prompts = [[5, 9, 3], [7, 8]]
+    options = dict(max_new_tokens=6, eos_ids=(), key=jax.random.key(0))
+    lists, arrays = (
+        rj.generate(params, config, prompts, sampling=rj.Sample(kind([0.5, 1.5]), top_p=kind([0.9, 0.8])), **options)
+        for kind in (list, np.asarray)
+    )
+    np.testing.assert_array_equal(lists.tokens, arrays.tokens)
+    for temperature in (0, 1e-45, 1e-39, [1.0, 0.0]):
+        with pytest.raises(ValueError, match="must be above 1e-30"):
+            rj.Sample(temperature)
+
+
+def test_a_bias_of_minus_infinity_forbids(params, config):
+    out = rj.generate(params, config, [[5, 9, 3]], max_new_tokens=1, eos_ids=())
+    forbidden = int(out.tokens[0, 0])
+    sampling = rj.chain(rj.LogitBias.of({forbidden: -np.inf}))
+    assert (
+        int(rj.generate(params, config, [[5, 9, 3]], max_new_tokens=1, eos_ids=(), sampling=sampling).tokens[0, 0])
+        != forbidden
+    )
+    with pytest.raises(ValueError, match="bias of token 3"):
+        rj.LogitBias.of({3: float("nan")})
+
+
+WITHOUT_JIT = """
+import jax, numpy as np
+import recyc_jax as rj
+
+config = rj.LlamaConfig.tiny()
+params = rj.init_params(config, jax.random.key(1))
+options = dict(max_new_tokens=3, eos_ids=(), policy="lookahead:budget=4,stride=2")
+want = rj.generate(params, config, [[5, 9, 3]], **options).tokens
+with jax.disable_jit():
+    np.testing.assert_array_equal(rj.generate(params, config, [[5, 9, 3]], **options).tokens, want)
+"""
+
+
+def test_tokens_without_jit():
+    """JAX_DISABLE_JIT, with which users look into programs; in a process whose types are not checked, since indices of loops
+    are then Python's numbers."""
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_JIT], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr

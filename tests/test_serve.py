@@ -63,6 +63,22 @@ def test_what_is_refused_is_refused_as_openai_does(server):
         server.client.chat.completions.create(model="gpt", messages=MESSAGES)
     with pytest.raises(openai.BadRequestError, match="n is not supported"):
         server.client.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
+    for field, value, nothing in (
+        ("top_k", 5, -1),
+        ("repetition_penalty", 1.2, 1.0),
+        ("ignore_eos", True, False),
+        ("guided_json", {}, None),
+        ("anything", 1, None),
+    ):
+        asked = {"prompt": "Emma", "max_tokens": 1}
+        for given, status in ((value, 400), (nothing, 200)):
+            body = json.dumps(asked | {field: given, "user": "me"})
+            answered, text = server.ask("POST", "/v1/completions", body, content_type="application/json")
+            assert answered == status, (field, given, text)
+            assert status == 200 or f"{field} is not supported" in text
+    called = [{"role": "user", "content": "hi", "tool_calls": [{"id": "a"}]}]
+    with pytest.raises(openai.BadRequestError, match=r"messages\[0\]\.tool_calls is not supported"):
+        server.client.chat.completions.create(model="tiny", messages=called)
     assert server.ask("POST", "/v1/completions", "{", content_type="application/json")[0] == 400
     assert server.ask("POST", "/v1/completions", "{}", content_type="text/plain")[0] == 415
     large = b" " * (9 * 2**20)
@@ -75,6 +91,15 @@ def test_what_is_refused_is_refused_as_openai_does(server):
     assert server.ask("GET", "/v1/models", host=f"localhost:{server.port}")[0] == 200
     assert server.ask("POST", "/v1/completions", '{"prompt": "\\ud800"}', content_type="application/json")[0] == 400
     assert server.figure('recyc_jax_requests_total{path="/v1/completions",status="413"}') == 1
+
+
+def test_variables_of_the_template(server):
+    """Those of the model's own; not the arguments by which a template is applied."""
+    options = dict(model="tiny", messages=MESSAGES, max_tokens=1)
+    server.client.chat.completions.create(**options, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    for taken in ("chat_template", "tokenize", "messages"):
+        with pytest.raises(openai.BadRequestError, match="template's own variables"):
+            server.client.chat.completions.create(**options, extra_body={"chat_template_kwargs": {taken: "x"}})
 
 
 def test_clients_that_leave_are_forgotten(server):

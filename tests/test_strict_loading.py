@@ -256,6 +256,25 @@ def test_a_panic_of_the_tokenizers_library_is_an_error(tmp_path, monkeypatch):
         rj.load_pretrained(str(tmp_path))
 
 
+def test_a_config_that_transformers_cannot_read_is_what_is_named(tmp_path):
+    """transformers reads config.json before tokenizer.json."""
+    checkpoints.write_folder(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"bos_token_id": [1]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"reads config\.json first, cannot read that"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
+    """And nobody is asked on the terminal."""
+    checkpoints.write_folder(tmp_path)
+    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "mine.py").write_text("raise SystemExit('this was run')")
+    with pytest.raises(ValueError, match="needs Python code of its own, which is not run"):
+        tokenizer.load_tokenizer(tmp_path)
+
+
 def test_special_tokens_around_a_text(tmp_path):
     checkpoints.write_folder(tmp_path)
     file, plain = tmp_path / "tokenizer.json", tokenizer.load_tokenizer(tmp_path)

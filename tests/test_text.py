@@ -56,6 +56,23 @@ def test_text_and_messages(lm):
     assert len(both.text) == 2
 
 
+def test_a_template_that_refuses_leaves_the_conversation(lm):
+    lm.tokenizer.chat_template = "{{ raise_exception('no system here') if messages[0].role == 'system' }}" + TEMPLATE
+    with pytest.raises(ValueError, match="chat template refuses these messages: no system here"):
+        lm.generate([{"role": "system", "content": "a"}], policy=POLICY, max_new_tokens=2)
+    talk = lm.conversation(policy=POLICY, max_new_tokens=2, system="brief")
+    before = list(talk.messages)
+    with pytest.raises(ValueError, match="no system here"):
+        list(talk.ask("What is green?"))
+    assert talk.messages == before
+
+
+@pytest.mark.parametrize("prompts", [[1, 2], [[1, 2]], b"a", None, {"role": "user"}, [None]])
+def test_what_is_no_prompt_is_said(lm, prompts):
+    with pytest.raises(ValueError, match="token ids go to rj"):
+        lm.generate(prompts, policy=POLICY, max_new_tokens=2, stop=None)
+
+
 def test_half_a_surrogate_pair_is_refused(lm):
     for prompt in ("a\udc80b", [{"role": "user", "content": "a\udc80b"}]):
         with pytest.raises(ValueError, match=r"'\\udc80', half a surrogate pair: no tokenizer takes it"):
@@ -164,6 +181,21 @@ def test_the_command(call_module, folder, tmp_path):
     want = answered(lm, lm.tokenizer("The grass is green.\n\nWhat is green?")["input_ids"], 12)
     assert ran.stdout == lm.tokenizer.decode(want, skip_special_tokens=True) + "\n"
     assert "12 made" in ran.stderr
+
+
+def test_a_command_whose_output_is_left_ends_quietly(start_module, folder):
+    process = start_module("recyc_jax", "The grass", "--model", folder, "--max-new-tokens", "200")
+    process.stdout.close()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 141
+    assert "Traceback" not in said
+
+
+def test_a_prompt_that_is_too_long_ends_in_one_line(call_module, folder):
+    ran = call_module("recyc_jax", "green " * 20000, "--model", folder, "--max-new-tokens", "4")
+    assert ran.returncode == 2
+    assert len(ran.stderr.strip().splitlines()) == 1
+    assert ran.stderr.startswith("error: ")
 
 
 def test_the_command_converses(call_module, folder, tmp_path, monkeypatch):

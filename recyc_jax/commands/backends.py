@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any, Literal
 
 Backend = Literal["auto", "cpu", "gpu", "tpu"]
@@ -22,8 +23,9 @@ def select(backend: Backend, several_hosts: bool = False) -> None:
         hosts.join()
     try:
         devices = jax.devices()
-    except RuntimeError as error:
-        raise ValueError(f"--backend {backend}: JAX found no usable device ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS names a plugin that is not there
+        words = str(error).splitlines() or [f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}"]
+        raise ValueError(f"--backend {backend}: JAX found no usable device ({words[0]})") from None
     if backend not in ("auto", devices[0].platform):
         kinds = sorted({f"{device.platform} ({device.device_kind})" for device in devices})
         raise ValueError(f"--backend {backend}: no such device; JAX found {len(devices)} x {', '.join(kinds)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import locale
+import os
 import shlex
 import signal
 import sys
@@ -54,6 +55,10 @@ def run(
             together.note("no space left to write", 1)
             print(f"error: no space left to write ({_first_line(error)}); {when_interrupted}", file=sys.stderr)
             return 1
+    except BrokenPipeError:  # whoever read the output has what they want, as with `head`
+        together.note("its output is no longer read", 128 + signal.SIGPIPE)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         together.note("interrupted", 130)
         print(f"interrupted; {when_interrupted}", file=sys.stderr)

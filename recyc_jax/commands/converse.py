@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -58,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
     return command_line.run(_prepare, config, "nothing was kept")
 
 
-def _prepare(config: Config) -> Callable[[], None]:
+def _prepare(config: Config) -> Callable[[], int | None]:
     """Check the flags and load the model; returns a function that does the rest."""
     if not config.prompt and not config.chat:
         raise ValueError('pass a prompt, such as "Once upon a time", or --chat')
@@ -101,13 +100,19 @@ def _turn(document: str, text: str) -> str:
     return f"{document}\n\n{text}" if document else text
 
 
-def _answer(talk: Any, text: str) -> None:
-    """Write the answer to standard output as it comes, and then a line of figures to standard error."""
-    with contextlib.suppress(KeyboardInterrupt):  # which ends the answer, and not the program
+def _answer(talk: Any, text: str) -> int:
+    """Write the answer to standard output as it comes, and then a line of figures to standard error; the exit status."""
+    try:
         for piece in talk.ask(text):
             print(piece, end="", flush=True)
+    except KeyboardInterrupt:  # ends the answer, and not the program
+        pass
+    except ValueError as error:  # a prompt that is too long, or that the chat template refuses
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(flush=True)
     print(figures(talk), file=sys.stderr, flush=True)
+    return 0
 
 
 def _converse(talk: Any, document: str) -> None:

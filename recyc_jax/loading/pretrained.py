@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from recyc_jax.config import LlamaConfig
@@ -61,9 +62,19 @@ def load_pretrained(
     `dtype=None` means bfloat16 on accelerators, float32 on CPU. With a mesh (`sharding.py` names its axes) parameters
     go straight into their shards, of which each process reads its own. Raises ValueError naming the file, tensor or
     config field at fault."""
+    _check_dtype(dtype)
     checkpoint = open_checkpoint(model, revision)
     params = load_params(checkpoint.folder, checkpoint.config, dtype, mesh)
     return PretrainedLM(params, checkpoint.config, checkpoint.tokenizer)
+
+
+def _check_dtype(dtype: Any) -> None:
+    try:
+        is_fit = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # no dtype at all
+        is_fit = False
+    if not is_fit:
+        raise ValueError(f"dtype={dtype!r} must be a floating-point dtype of JAX, such as 'bfloat16' or jnp.float32")
 
 
 class Checkpoint(NamedTuple):
@@ -154,6 +165,16 @@ def _resolve_smollm2() -> Path:
     return converted
 
 
+_CHANGE_GREEDY = (
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "bad_words_ids",
+    "forced_eos_token_id",
+    "no_repeat_ngram_size",
+)
+"""Fields of generation_config.json by which transformers' most likely tokens are others than the model's."""
+
+
 def read_config(folder: Path) -> LlamaConfig:
     """The folder's config, with the end-of-sequence ids of generation_config.json if that file has any. Where the
     config ties the output embedding and the weights hold another one, it is untied, as in transformers. Raises
@@ -161,7 +182,11 @@ def read_config(folder: Path) -> LlamaConfig:
     hf = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     if generation.is_file():
-        eos = read_json(generation).get("eos_token_id")
+        generated_by = read_json(generation)
+        eos = generated_by.get("eos_token_id")
+        ignored = [name for name in _CHANGE_GREEDY if generated_by.get(name)]
+        if ignored:
+            _log.warning("%s: %s not heeded, by which transformers changes scores", generation, ", ".join(ignored))
         try:
             hf = hf if eos is None else hf | {"eos_token_id": list(token_ids("eos_token_id", eos))}
         except ValueError as error:

@@ -17,7 +17,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # tokenizers raises plain Exceptions or panics, libraries that are missing anything
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | GeneratorExit):
             raise
@@ -31,6 +31,12 @@ def load_tokenizer(folder: Path) -> Any:
 def _advice(folder: Path, error: BaseException) -> str:
     """What to do about a tokenizer that cannot be loaded, and the library's own words."""
     words = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code of its own, which is not run: only tokenizers of transformers and tokenizer.json are"
+        )
+    if of_config := _fault_of_config(folder):
+        return f"transformers, which reads config.json first, cannot read that: {of_config}"
     if (folder / "tokenizer.json").is_file():
         installed = f"tokenizers {metadata.version('tokenizers')} and transformers {metadata.version('transformers')}"
         return (
@@ -41,6 +47,17 @@ def _advice(folder: Path, error: BaseException) -> str:
     if not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return "the folder has no tokenizer.json"
     return words
+
+
+def _fault_of_config(folder: Path) -> str | None:
+    """Why transformers cannot read the folder's config.json, which it does before the tokenizer; None if it can."""
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    return None
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

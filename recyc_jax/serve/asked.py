@@ -3,6 +3,7 @@ is refused by name, so that nothing is ignored in silence."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from typing import Any, NamedTuple
@@ -27,7 +28,32 @@ REFUSED = {  # what is not done, and the values that ask for nothing
     "response_format": (None, {"type": "text"}),
     "audio": (None,),
     "modalities": (None, ["text"]),
+    "prediction": (None,),
+    # of vLLM and other servers
+    "top_k": (None, 0, -1),
+    "min_p": (None, 0, 0.0),
+    "repetition_penalty": (None, 1, 1.0),
+    "length_penalty": (None, 1, 1.0),
+    "use_beam_search": (None, False),
+    "min_tokens": (None, 0),
+    "ignore_eos": (None, False),
+    "stop_token_ids": (None, []),
+    "bad_words": (None, []),
+    "skip_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
 }
+READ = {
+    *("model", "messages", "prompt", "stream", "stream_options", "max_tokens", "max_completion_tokens"),
+    *("temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs"),
+    "chat_template_kwargs",
+}
+WITHOUT_EFFECT = {
+    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"),
+}
+"""Fields that say nothing about the text."""
 
 
 class RefusedError(Exception):
@@ -61,9 +87,9 @@ class Reader:
         if not self._tokenizer.chat_template:
             raise RefusedError("this model has no chat template: use /v1/completions", "messages")
         try:
-            ids = prompt_ids(self._tokenizer, messages)
-        except Exception as error:  # templates are programs of the model's, and raise what they like
-            raise RefusedError(f"the model's chat template refuses these messages: {error}", "messages") from None
+            ids = prompt_ids(self._tokenizer, messages, _template_options(fields, self._tokenizer))
+        except Exception as error:  # of the template, or of the tokenizer, each in its own way
+            raise RefusedError(str(error), "messages") from None
         top = None
         if _flag(fields, "logprobs"):
             top = _whole(fields, "top_logprobs", 0, 0, TOP)
@@ -91,8 +117,9 @@ class Reader:
             raise RefusedError(
                 f"the model {model!r} is not here: this server has {self.name!r}", "model", 404, "model_not_found"
             )
-        for name, nothing in REFUSED.items():
-            if not any(fields.get(name) == one and type(fields.get(name)) is type(one) for one in nothing):
+        for name, value in fields.items():
+            nothing = (None,) if name not in READ | WITHOUT_EFFECT else (value,)
+            if not any(value == one and type(value) is type(one) for one in REFUSED.get(name, nothing)):
                 raise RefusedError(f"{name} is not supported by this server: leave it out", name)
         return fields
 
@@ -226,6 +253,9 @@ def _message(number: int, message: Any) -> dict[str, str]:
     where = f"messages[{number}]"
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RefusedError(f"{where} must be an object with a role and a content", where)
+    for name in set(message) - {"role", "content", "name"}:
+        if message[name] not in (None, [], ""):
+            raise RefusedError(f"{where}.{name} is not supported by this server: leave it out", where)
     content = message.get("content")
     if isinstance(content, list):
         parts = [part["text"] for part in content if _is_text(part)]
@@ -233,6 +263,17 @@ def _message(number: int, message: Any) -> dict[str, str]:
     if not isinstance(content, str):
         raise RefusedError(f"{where}.content must be text: this server reads no images, audio or tool calls", where)
     return {"role": message["role"], "content": content}
+
+
+def _template_options(fields: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Variables of the model's own chat template, such as Qwen3's `enable_thinking`."""
+    options = fields.get("chat_template_kwargs") or {}
+    taken = inspect.signature(tokenizer.apply_chat_template).parameters
+    if not isinstance(options, dict) or set(options) & (set(taken) | {"messages"}):
+        raise RefusedError(
+            "chat_template_kwargs must be an object of the template's own variables", "chat_template_kwargs"
+        )
+    return options
 
 
 def _is_text(part: Any) -> bool:
