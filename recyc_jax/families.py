@@ -15,6 +15,8 @@ from recyc_jax.validation import real_number, whole_number
 
 HF = Mapping[str, Any]
 FULL, SLIDING = "full_attention", "sliding_attention"
+MOST_LAYERS = 10_000
+"""More are a damaged number, for which lists of layers would take all memory."""
 
 
 def _no_windows(hf: HF, layers: int) -> list[str]:
@@ -183,6 +185,8 @@ def fields(hf: HF) -> dict[str, Any]:
     hf = {**_LLAMA, **family.defaults, **stated}
     _reject_unsupported(hf, str(kind))
     heads, hidden, layers = (_whole(hf, name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers={layers} is more than {MOST_LAYERS}: config.json is damaged")
     if hf.get("head_dim") is None and hidden % heads:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}, and no head_dim")
     # transformers' default number of key/value heads is meant for its default model; Llama's is that of query heads

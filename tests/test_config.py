@@ -118,6 +118,7 @@ def test_old_and_new_rope_fields_agree():
         ("vocab_size", True),
         ("vocab_size", 10**30),
         ("num_hidden_layers", 10**6),
+        ("num_hidden_layers", 2**40),
     ],
 )
 def test_what_is_not_supported_is_named(field, value):

@@ -173,8 +173,8 @@ with jax.disable_jit():
 
 
 def test_tokens_without_jit():
-    """JAX_DISABLE_JIT, with which users look into programs; in a process whose types are not checked, since indices of loops
-    are then Python's numbers."""
+    """JAX_DISABLE_JIT, with which users look into programs; in a process whose types are not checked, since indices of
+    loops are then Python's numbers."""
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_JIT], env=environment(), capture_output=True, text=True, check=False
     )
