@@ -108,7 +108,7 @@ def _answer(talk: Any, text: str) -> int:
     except KeyboardInterrupt:  # ends the answer, and not the program
         pass
     except ValueError as error:  # a prompt that is too long, or that the chat template refuses
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(flush=True)
     print(figures(talk), file=sys.stderr, flush=True)

@@ -261,7 +261,7 @@ def _read(tensor: gguf_file.Tensor) -> np.ndarray:
     kind = tensor.kind.name
     try:
         values = gguf.quants.dequantize(tensor.data, tensor.kind)
-    except NotImplementedError:  # gguf raises this for types that it cannot dequantise, such as Q8_K
+    except NotImplementedError:  # the gguf library's word for types that it cannot dequantise, such as Q8_K
         raise ValueError(f"tensor {tensor.name} has type {kind}, which is not supported") from None
     if kind == "F32":
         return values
