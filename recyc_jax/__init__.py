@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recyc_jax.config import LlamaConfig, RopeScaling
-    from recyc_jax.generation import Generation, LosslessGeneration, ScoredGeneration, decode, generate
+    from recyc_jax.generation import decode, generate
     from recyc_jax.loading.pretrained import PretrainedLM, load_pretrained
     from recyc_jax.model import forward, init_params
     from recyc_jax.policies.base import Policy
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from recyc_jax.policies.streaming_llm import StreamingLLM
     from recyc_jax.policies.top_k import TopK
     from recyc_jax.prefilling import Prefilled, prefill
+    from recyc_jax.results import Generation, LosslessGeneration, ScoredGeneration
     from recyc_jax.sampling import (
         Chain,
         CountPenalty,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 # Loaded when first used, so that a command line answers `--help` before JAX is imported.
 _PUBLIC = {
     "recyc_jax.config": ("LlamaConfig", "RopeScaling"),
-    "recyc_jax.generation": ("Generation", "LosslessGeneration", "ScoredGeneration", "decode", "generate"),
+    "recyc_jax.generation": ("decode", "generate"),
     "recyc_jax.loading.pretrained": ("PretrainedLM", "load_pretrained"),
     "recyc_jax.model": ("forward", "init_params"),
     "recyc_jax.policies.base": ("Policy",),
@@ -57,6 +58,7 @@ _PUBLIC = {
     "recyc_jax.policies.streaming_llm": ("StreamingLLM",),
     "recyc_jax.policies.top_k": ("TopK",),
     "recyc_jax.prefilling": ("Prefilled", "prefill"),
+    "recyc_jax.results": ("Generation", "LosslessGeneration", "ScoredGeneration"),
     "recyc_jax.sampling": (
         *("Chain", "CountPenalty", "Greedy", "LogitBias", "MinNewTokens", "Processor", "RepetitionPenalty", "Sample"),
         "chain",

@@ -3,63 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array
 
-from recyc_jax import generation_loop, implementations, lossless
-from recyc_jax.cache import KVCache
+from recyc_jax import implementations, lossless
 from recyc_jax.config import LlamaConfig
+from recyc_jax.decoding import Call, decode_tokens
 from recyc_jax.generation_checks import check_sampling, check_state, sampling_arguments
-from recyc_jax.generation_loop import DecodeState, Stretch
+from recyc_jax.generation_loop import Stretch
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
 from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.registry import as_policy
-from recyc_jax.prefilling import NOWHERE, Answer, Prefilled, columns, prefill, with_tokens, without_tokens
-from recyc_jax.sampling import Chain, Ends, Greedy, as_chain
+from recyc_jax.prefilling import Prefilled, columns, prefill
+from recyc_jax.results import AnyGeneration
+from recyc_jax.sampling import Greedy, as_chain
 from recyc_jax.validation import whole_number
-
-
-class Generation(NamedTuple):
-    """What `generate` returns."""
-
-    tokens: Array  # int32 [B, max_new_tokens]: pad_id after a row's end
-    lengths: Array  # int32 [B]: new tokens of each row, its eos included
-    full_steps: Array  # int32 [B, L]: full-attention decode steps within `lengths`; prefill not counted. L counts
-    # the layers with full attention, not those with a sliding window
-
-
-class LosslessGeneration(NamedTuple):
-    """What `generate` returns under a `Lossless` policy: a `Generation`, whose `full_steps` are passes of full attention
-    over blocks, and how many of the drafts were kept."""
-
-    tokens: Array
-    lengths: Array
-    full_steps: Array
-    drafted: Array  # int32 [B]
-    accepted: Array  # int32 [B]
-
-
-class ScoredGeneration(NamedTuple):
-    """What `generate` returns with `top_log_probabilities`: a `Generation`, and the log-probabilities under the model
-    itself."""
-
-    tokens: Array
-    lengths: Array
-    full_steps: Array
-    log_probabilities: Array  # float32 [B, max_new_tokens]: of each token
-    top_tokens: Array  # int32 [B, max_new_tokens, n]: the n most likely ones in each place
-    top_log_probabilities: Array  # float32 [B, max_new_tokens, n]
-
-
-AnyGeneration: TypeAlias = Generation | LosslessGeneration | ScoredGeneration
 
 
 def generate(
@@ -203,23 +167,8 @@ def advance(
     stops = tuple(tuple(whole_number("stop", token, 0) for token in one) for one in stop)
     if not all(stops):
         raise ValueError(f"stop={stop!r} must be sequences of token ids, none of them empty")
-    arguments = (
-        keys,
-        config,
-        policy,
-        width,
-        as_chain(sampling),
-        eos,
-        pad,
-        implementation,
-        limit,
-        bound,
-        rewind,
-        top,
-        stops,
-        stretch,
-    )
-    out, state = decode_tokens(params, state.without_room(), *arguments)
+    call = Call(config, policy, width, eos, pad, implementation, bound, rewind, top, stops, stretch)
+    out, state = decode_tokens(params, state.without_room(), call, keys, as_chain(sampling), limit)
     if width != new_tokens:
         names = [name for name in out._fields if getattr(out, name).shape[1:2] == (width,) and name != "full_steps"]
         out = out._replace(**{name: getattr(out, name)[:, :new_tokens] for name in names})
@@ -245,224 +194,4 @@ def lower_decode(params: Params, config: LlamaConfig, state: Prefilled, *, polic
     `(params, state, None, as_chain(Greedy()))`. Raises ValueError as `decode` does."""
     policy = _checked(config, state, policy, Greedy(), None)
     _, eos, pad = sampling_arguments(config, Greedy(), None, 0, None, None)
-    return decode_tokens.lower(params, state, None, config, policy, state.room, as_chain(Greedy()), eos, pad, None)
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        *("config", "policy", "new_tokens", "eos_ids", "pad_id", "implementation"),
-        *("bound", "rewind", "top", "stops", "stretch"),
-    ),
-    donate_argnames="state",
-)
-def decode_tokens(
-    params: Params,
-    state: Prefilled,
-    keys: Key[Array, " B"] | None,
-    config: LlamaConfig,
-    policy: Policy,
-    new_tokens: int,
-    sampling: Any,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    implementation: str | None,
-    limit: Int[Array, ""] | Int[Array, " B"] | None = None,
-    bound: int | None = None,
-    rewind: bool = True,
-    top: int | None = None,
-    stops: tuple[tuple[int, ...], ...] = (),
-    stretch: Stretch | None = None,
-) -> tuple[AnyGeneration, Prefilled]:
-    """The program behind `decode`: `new_tokens` tokens a row, or `limit` of these; from prefill's logits on, they take
-    one decode step fewer."""
-
-    chained, rows, ends = as_chain(sampling), state.logits.shape[0], Ends(eos_ids, stops)
-
-    def choose(logits: Array, carry: DecodeState) -> tuple[Array, Any, Array, Any]:
-        of_chain, recent = carry.sampling
-        token = jnp.where(carry.done, pad_id, chained.choose(logits, carry.keys, carry.step, of_chain))
-        recent = jnp.concatenate([recent, token[:, None]], axis=1)[:, 1:]
-        done = carry.done | ends.after(token, recent)
-        return token, _recorded(logits, token, top), done, (chained.update(of_chain, token), recent)
-
-    output = _columns(rows, new_tokens, pad_id, top)
-    if isinstance(policy, Lossless):
-        count = jnp.asarray(new_tokens, jnp.int32) if limit is None else limit
-        drawn = chained, keys, ends
-        return _lossless(params, config, state, policy, implementation, *drawn, output, count, rewind, top, stretch)
-    attention, before = implementations.resolve(implementation), state.answer
-    loop = config, policy, attention, choose
-    if before is None:
-        recent = jnp.full((rows, ends.width), -1, jnp.int32)
-        begun = (chained.start(state.seen, eos_ids), recent)
-        now = generation_loop.begin(state, *loop, output, keys, bound, begun)
-        last = None if limit is None else limit - 1
-    else:
-        # the pending token is that of step number `before.step`, and the next one is the first of this call
-        now = DecodeState(
-            cache=state.cache,
-            policy_states=before.policy_states,
-            token=before.token,
-            step=before.step,
-            begun=before.step + 1,
-            done=before.done,
-            keys=keys,
-            output=output,
-            lengths=before.lengths,
-            full_steps=before.full_steps,
-            sampling=before.sampling,
-        )
-        last = before.step + (new_tokens if limit is None else limit)
-    end = generation_loop.proceed(params, *loop, state.row_lengths, now, last, bound, stretch)
-    lengths, full_steps = end.lengths, end.full_steps
-    if before is not None:
-        lengths, full_steps = lengths - before.lengths, full_steps - before.full_steps
-    tokens, *of_tokens = end.output
-    out = Generation(tokens, lengths, full_steps)
-    if top is not None:
-        out = ScoredGeneration(*out, *of_tokens)
-    return out, rewound_to(end.cache, state) if rewind else _standing(end, policy, state, tokens)
-
-
-def _lossless(
-    params: Params,
-    config: LlamaConfig,
-    state: Prefilled,
-    policy: Lossless,
-    implementation: str | None,
-    chained: Chain,
-    keys: Any,
-    ends: Ends,
-    output: Any,
-    count: Array,
-    rewind: bool,
-    top: int | None,
-    stretch: Stretch | None,
-) -> tuple[AnyGeneration, Prefilled]:
-    """`decode_tokens` by drafts. With a `stretch`, `count` [B] is that of the tokens that each row's answer has at most,
-    not of this call's."""
-    attention, before, rows = implementations.resolve(implementation), state.answer, state.logits.shape[0]
-    recent = jnp.full((rows, ends.width), -1, jnp.int32)
-    of_chain = chained.start(state.seen, ends.eos_ids) if before is None else ()
-    carry = lossless.begin(attention, policy, state, output, of_chain, recent)
-    limit = jnp.broadcast_to(count, (rows,)) if stretch is not None or before is None else before.lengths + count
-    loop = lossless.Loop(
-        params,
-        config,
-        attention,
-        policy,
-        state,
-        chained,
-        keys,
-        ends,
-        functools.partial(_recorded, top=top),
-        limit,
-    )
-    carry = loop.first(carry, state.logits) if before is None else carry
-    columns = jax.tree.leaves(output)[0].shape[1]
-    if columns > 1:
-        carry = loop.run(carry, None if stretch is None else stretch.rounds)
-    layers = len(config.full_layers)
-    full_steps = jnp.broadcast_to(carry.passes[:, None], (rows, layers))
-    tokens, *of_tokens = carry.output
-    out: AnyGeneration = LosslessGeneration(tokens, carry.made, full_steps, carry.drafted, carry.accepted)
-    if top is not None:
-        out = ScoredGeneration(tokens, carry.made, full_steps, *of_tokens)
-    cache = lossless.cache_of(carry, state)
-    if rewind:
-        return out, rewound_to(cache, state)
-    all_steps = full_steps if before is None else before.full_steps + full_steps
-    prompt_length = state.cache.length if before is None else before.prompt_length
-    answer = Answer(
-        policy=policy,
-        policy_states=(*carry.policy_states, carry.pace),
-        token=carry.token,
-        step=carry.lengths - 1,
-        done=carry.done,
-        keys=keys,
-        lengths=carry.lengths,
-        full_steps=all_steps,
-        sampling=(carry.of_chain, carry.recent),
-        prompt_length=prompt_length,
-        rings=(),
-        room=0,
-    )
-    begun = jnp.zeros((rows, 1), jnp.int32) if before is None else before.lengths[:, None]
-    return out, _answered(state, cache, answer, tokens, begun)
-
-
-def _columns(rows: int, new_tokens: int, pad_id: int, top: int | None) -> tuple[Array, ...]:
-    """Empty columns for what `_recorded` records."""
-    tokens = jnp.full((rows, new_tokens), pad_id, jnp.int32)
-    if top is None:
-        return (tokens,)
-    zeros = jnp.zeros((rows, new_tokens, top), jnp.float32)
-    return tokens, jnp.zeros((rows, new_tokens), jnp.float32), zeros.astype(jnp.int32), zeros
-
-
-def _recorded(logits: Array, token: Array, top: int | None) -> tuple[Array, ...]:
-    """The token, and its log-probability and the `top` most likely ones if asked for."""
-    if top is None:
-        return (token,)
-    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
-    its = jnp.take_along_axis(log_probabilities, token[:, None], axis=1)[:, 0]
-    best, ids = lax.top_k(log_probabilities, top)
-    return token, its, ids.astype(jnp.int32), best
-
-
-def _standing(end: DecodeState, policy: Policy, start: Prefilled, tokens: Array) -> Prefilled:
-    """The state at the end of what has been decoded since `start`: `tokens` [B, M]."""
-    before = start.answer
-    if before is None:
-        rings = tuple(layer for layer in start.cache.layers if layer.window is not None)
-        prompt_length = start.cache.length
-    else:
-        rings, prompt_length = before.rings, before.prompt_length
-    answer = Answer(
-        policy=policy,
-        policy_states=end.policy_states,
-        token=end.token,
-        step=end.step,
-        done=end.done,
-        keys=end.keys,
-        lengths=end.lengths,
-        full_steps=end.full_steps,
-        sampling=end.sampling,
-        prompt_length=prompt_length,
-        rings=rings,
-        room=0,
-    )
-    return _answered(start, end.cache, answer, tokens, end.begun)
-
-
-def _answered(start: Prefilled, cache: KVCache, answer: Answer, tokens: Array, begun: Array) -> Prefilled:
-    """The state in the middle of an answer, which had `begun` tokens ([] or [B, 1]) before `tokens` [B, M]."""
-    number = begun + jnp.arange(tokens.shape[1], dtype=jnp.int32)  # of each token in its answer
-    places = answer.prompt_length - start.cache.starts[:, None] + number
-    places = with_tokens(start.first_places, tokens, jnp.where(number < answer.lengths[:, None], places, NOWHERE))
-    return dataclasses.replace(start, cache=cache, first_places=places, answer=answer)
-
-
-def rewound(state: Prefilled) -> Prefilled:
-    """The state as it was when its prompts, or its last turn, had been read: from where `decode` begins a new answer.
-    `state` is not copied, and not to be used from here on."""
-    if state.answer is None:
-        return state
-    return dataclasses.replace(rewound_to(state.cache, state), room=state.answer.room)
-
-
-def rewound_to(kv_cache: KVCache, start: Prefilled) -> Prefilled:
-    """The state as prefill left it: what decoding wrote beyond the prompt is no longer visible. The caches are handed
-    back because the donated ones were written in place. Rings, in which new tokens overwrote the prompt's, are those of
-    the prompt's end, so XLA keeps a copy of them."""
-    if start.answer is None:
-        length, before = start.cache.length, [layer for layer in start.cache.layers if layer.window is not None]
-    else:
-        length, before = start.answer.prompt_length, start.answer.rings
-    rings, places = iter(before), start.first_places
-    if start.answer is not None:
-        places = without_tokens(places, length - kv_cache.starts)
-    layers = tuple(layer if layer.window is None else next(rings) for layer in kv_cache.layers)
-    cache = dataclasses.replace(kv_cache, layers=layers, length=length)
-    return dataclasses.replace(start, cache=cache, first_places=places, answer=None)
+    return decode_tokens.lower(params, state, Call(config, policy, state.room, eos, pad), None, as_chain(Greedy()))

@@ -344,6 +344,10 @@ class Ends:
         """The latest tokens that must be known."""
         return max(map(len, self.stops), default=0)
 
+    def none_yet(self, rows: int) -> Int[Array, "B n"]:
+        """The latest tokens before there are any."""
+        return jnp.full((rows, self.width), -1, jnp.int32)
+
     def after(self, token: Int[Array, " B"], recent: Int[Array, "B n"]) -> Bool[Array, " B"]:
         """Whether a row ends with this token; `recent`, the latest tokens, includes it."""
         done = jnp.zeros(token.shape, jnp.bool_)

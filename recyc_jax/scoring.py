@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from recyc_jax import generation_loop, implementations, sharding
 from recyc_jax import prompts as prompt_arrays
+from recyc_jax.answers import rewound_to
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import rewound_to
 from recyc_jax.generation_checks import check_state
 from recyc_jax.generation_loop import DecodeState
 from recyc_jax.model import Params

@@ -11,7 +11,7 @@ from jax.core import Tracer
 
 from recyc_jax import generation_loop
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import ScoredGeneration, advance
+from recyc_jax.generation import advance
 from recyc_jax.generation_checks import check_sampling
 from recyc_jax.model import Params
 from recyc_jax.policies.base import Policy
@@ -19,6 +19,7 @@ from recyc_jax.policies.full import FullAttention
 from recyc_jax.policies.lossless import Lossless
 from recyc_jax.policies.registry import as_policy
 from recyc_jax.prefilling import Prefilled, prefill
+from recyc_jax.results import ScoredGeneration
 from recyc_jax.sampling import Greedy
 from recyc_jax.spelling import Spelling
 

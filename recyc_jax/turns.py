@@ -20,10 +20,10 @@ from jaxtyping import Array, Int
 
 from recyc_jax import implementations, model, sharding
 from recyc_jax import prompts as prompt_arrays
+from recyc_jax.answers import rewound
 from recyc_jax.cache import KVCache, LayerCache
 from recyc_jax.cached_attention import CachedAttention
 from recyc_jax.config import LlamaConfig
-from recyc_jax.generation import rewound
 from recyc_jax.model import Params
 from recyc_jax.prefilling import (
     NOWHERE,

@@ -11,7 +11,7 @@ from transformers import BatchEncoding
 
 import recyc_jax as rj
 from recyc_jax import generation_loop, implementations
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 
 LAYERS = 1
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -95,8 +95,7 @@ def test_a_last_part_of_a_period_compiles_no_further_body(params, config):
 
     def products(new_tokens):
         state = rj.prefill(params, config, PROMPTS, policies=(policy,), max_new_tokens=new_tokens)
-        arguments = (state, None, config, policy, new_tokens, rj.Greedy(), (), 0, None)
-        jaxpr = decode_tokens.trace(params, *arguments).jaxpr
+        jaxpr = decode_tokens.trace(params, state, Call(config, policy, new_tokens)).jaxpr
         return sum(equation.primitive.name == "dot_general" for equation in jaxprs.equations(jaxpr.jaxpr))
 
     assert products(31) == products(34) == products(39)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from recyc_jax import generation, prefilling
+from recyc_jax import decoding, prefilling
 
 RAGGED = ([5, 9, 3], list(range(40, 73)), list(range(17)), [1])
 RECYCLED = rj.RecycledAttention(budget=5, schedule=rj.FixedStride(4), pool=3)
@@ -132,9 +132,9 @@ def test_one_new_token_needs_no_step(generate, params, config):
 def test_two_prompts_of_a_bucket_compile_once(params, config):
     run = functools.partial(rj.generate, params, config, policy=RECYCLED, max_new_tokens=5)
     run([[1] * 129])
-    before = prefilling.read_prompts._cache_size(), generation.decode_tokens._cache_size()
+    before = prefilling.read_prompts._cache_size(), decoding.decode_tokens._cache_size()
     run([[2] * 144])
-    assert (prefilling.read_prompts._cache_size(), generation.decode_tokens._cache_size()) == before
+    assert (prefilling.read_prompts._cache_size(), decoding.decode_tokens._cache_size()) == before
     run([[2] * 145])
     assert prefilling.read_prompts._cache_size() == before[0] + 1
 

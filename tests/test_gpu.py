@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import recyc_jax as rj
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,7 @@ def test_a_prompt_of_128k_tokens(params):
     assert np.isfinite(np.asarray(state.logits)).all()
     seconds = {}
     for policy in (rj.FullAttention(), RECYCLED):
-        lowered = decode_tokens.lower(params, state, None, CONFIG, policy, 102, rj.Greedy(), (), 0, None)
+        lowered = decode_tokens.lower(params, state, Call(CONFIG, policy, 102))
         compiled = lowered.compile()
         shape = ",".join(map(str, state.cache.layers[0].keys.shape))
         assert not re.findall(rf"\[{shape}\]\S* copy\(", compiled.as_text())

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import recyc_jax as rj
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 from recyc_jax.prefilling import read_prompts
 
 POLICIES = {
@@ -27,13 +27,13 @@ POLICIES = {
 def test_no_cache_shaped_copy(params, config, name, goes_on):
     """In a program with a fixed number of steps, and in one for any number of them that goes on in an answer."""
     state = rj.prefill(params, config, [[1] * 240] * 2, policies=(POLICIES[name],), max_new_tokens=33)
-    more = ()
+    call, more = Call(config, POLICIES[name], 33), ()
     if goes_on:
         _, state = rj.decode(params, config, state, policy=POLICIES[name], max_new_tokens=1, rewind=False)
-        more = (jnp.int32(17), state.cache.capacity, False)
+        call = Call(config, POLICIES[name], 33, bound=state.cache.capacity, rewind=False)
+        more = (None, rj.Greedy(), jnp.int32(17))
     cache = state.cache.layers[0].keys
-    arguments = params, state, None, config, POLICIES[name], 33, rj.Greedy(), (), 0, None, *more
-    compiled = decode_tokens.lower(*arguments).compile()
+    compiled = decode_tokens.lower(params, state, call, *more).compile()
     shape = ",".join(map(str, cache.shape))
     copies = [line for line in compiled.as_text().splitlines() if re.search(rf"\[{shape}\]\S* copy\(", line)]
     assert not copies

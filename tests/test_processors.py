@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recyc_jax as rj
-from recyc_jax import generation
+from recyc_jax import decoding
 
 PROMPT, NEW = [5, 9, 3, 40, 41, 9], 14
 
@@ -122,10 +122,10 @@ def test_other_numbers_need_no_other_program(params, config):
         return rj.generate(params, config, [PROMPT], max_new_tokens=NEW, sampling=chain, key=jax.random.key(0))
 
     run(0.7, 0.9, 1.1)
-    before = generation.decode_tokens._cache_size()
+    before = decoding.decode_tokens._cache_size()
     for numbers in ((0.8, 0.95, 1.2), (2, 1.0, 1.0), (0.3, 0.5, 3)):
         run(*numbers)
-    assert generation.decode_tokens._cache_size() == before
+    assert decoding.decode_tokens._cache_size() == before
 
 
 def test_log_probabilities(params, config):

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from policy_strings import NEW, RAGGED, STRINGS, every_policy
 
 import recyc_jax as rj
-from recyc_jax import generation, prefilling, turns
+from recyc_jax import decoding, prefilling, turns
 from recyc_jax.kernels.gpu import triton_call
 
 
@@ -133,7 +133,7 @@ def test_few_programs(params, config):
         state = rj.extend(params, config, state, [[2] * turn], max_new_tokens=new)
         return rj.decode(params, config, state, policy=policy)[0]
 
-    programs = prefilling.read_prompts, generation.decode_tokens, turns.read_turns
+    programs = prefilling.read_prompts, decoding.decode_tokens, turns.read_turns
     session(10, 16, 5)
     before = [program._cache_size() for program in programs]
     for sizes in ((12, 17, 9), (16, 40, 15), (3, 2, 1)):

@@ -9,7 +9,7 @@ import pytest
 import recyc_jax as rj
 from recyc_jax import training_implementations
 from recyc_jax.attention.whole_sequence import Recycle
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 from recyc_jax.prefilling import read_prompts
 
 POLICIES = [
@@ -44,7 +44,7 @@ def test_decoding_is_traced_in_32_bits(policy, implementation):
 
     def generate(params, tokens, lengths):
         state = read_prompts(params, tokens, lengths, config, 12, policy.needs, implementation)
-        return decode_tokens(params, state, None, config, policy, 12, rj.Greedy(), (), 0, implementation)
+        return decode_tokens(params, state, Call(config, policy, 12, implementation=implementation))
 
     assert not wide([params, jax.eval_shape(generate, params, tokens, lengths)])
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 import recyc_jax as rj
 from recyc_jax import sharding
 from recyc_jax.cache import LayerCache
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 from recyc_jax.shapes import SHAPES
 
 pytestmark = pytest.mark.cuda_aot
@@ -40,8 +40,7 @@ def compiled(sizes, layers, batch, text, name="llama-3.1-8b"):
             return NamedSharding(mesh, letters("BK" if by_head else "B" if by_row else ""))
 
         def run(params, state):
-            options = config, policy, STEPS, rj.Greedy(), (), 0, "pallas_gpu"
-            return decode_tokens.__wrapped__(params, state, None, *options)
+            return decode_tokens.__wrapped__(params, state, Call(config, policy, STEPS, implementation="pallas_gpu"))
 
         def placed(leaf, where):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)

@@ -18,7 +18,7 @@ from recyc_jax import sharding
 from recyc_jax.attention import whole_sequence
 from recyc_jax.attention.kept import Reads
 from recyc_jax.cache import LayerCache
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 from recyc_jax.implementations import resolve
 from recyc_jax.kernels.gpu.implementation import KeptSlotsByKernel
 from recyc_jax.kernels.gpu.whole_sequence import recycled as recycled_by_kernel
@@ -48,7 +48,7 @@ def compiled(name, layers, batch, length, policy, mesh):
     config, params, _, _, state = shapes(name, layers, batch, length, policy)
 
     def run(params, state):
-        return decode_tokens.__wrapped__(params, state, None, config, policy, STEPS, rj.Greedy(), (), 0, "pallas_gpu")
+        return decode_tokens.__wrapped__(params, state, Call(config, policy, STEPS, implementation="pallas_gpu"))
 
     here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     options = {"in_shardings": here, "out_shardings": here, "donate_argnums": 1}

@@ -24,7 +24,7 @@ import recyc_jax as rj
 from recyc_jax import sharding
 from recyc_jax.attention import whole_sequence
 from recyc_jax.attention.whole_sequence import Recycle
-from recyc_jax.generation import decode_tokens
+from recyc_jax.decoding import Call, decode_tokens
 from recyc_jax.prefilling import read_prompts
 from recyc_jax.shapes import SHAPES, shortened
 from train import forward, step
@@ -214,7 +214,8 @@ def decoding(
         if program == "prefill":
             lowered = read.func.lower(params, tokens, lengths, config, NEW, policy.needs, implementation)
             return _report(lowered, began, state, arguments=held, copied=0, choosing=0, **fields)
-        lowered = decode_tokens.lower(params, state, None, config, policy, NEW, rj.Greedy(), (2,), 0, implementation)
+        call = Call(config, policy, NEW, eos_ids=(2,), implementation=implementation)
+        lowered = decode_tokens.lower(params, state, call)
         return _report(lowered, began, state, arguments=held, copied=copied, choosing=choosing, **fields)
 
 
