@@ -7,8 +7,9 @@ lax.while_loop, until all rows have their tokens or have ended; each round is on
     drafts, verified:
         lax.while_loop of draft steps: partial attention to the kept set, as in `generation_loop.py`; until another draft
             would cost more time than it may give (`pacing.py`)
-        one pass of full attention over the pending token and the drafts, which overwrites their keys and values and
-            scores the cache by its first query, which is never rejected: the kept set of the next draft
+        one pass of full attention over the pending token and the drafts, which overwrites their keys and values; every
+            `refresh_every` tokens it also scores the cache by its first query, which is never rejected, for the kept
+            set of the next drafts
         row by row, the drafts that full attention would have chosen, and the token after them
 
 Greedy: a draft is kept where it is the most likely token of the pass. Samples (Leviathan et al., 2022): a draft of
@@ -176,21 +177,28 @@ class Loop:
         before, active = carry, self.active(carry)
         carry, drafted, count = self._drafted(carry)
 
-        def passed(width: int) -> Any:
+        def passed(width: int, refreshes: bool) -> Any:
             def run(carry: LosslessState) -> LosslessState:
                 tokens, scores = (None if one is None else one[:width] for one in drafted)
-                return self._after_pass(carry, width, True, (tokens, scores), count)
+                return self._after_pass(carry, width, refreshes, (tokens, scores), count)
 
             return run
 
-        *shorter, longest = self.pacing.widths
-        if shorter and self.policy.adapt:
-            carry = lax.cond(count <= shorter[0], passed(shorter[0]), passed(longest), carry)
-        else:
-            carry = passed(longest)(carry)
+        widths = self.pacing.widths if self.policy.adapt else self.pacing.widths[-1:]
+        every = (True,) if self.policy.refresh_every == 1 else (False, True)
+        kinds = [passed(width, refreshes) for width in widths for refreshes in every]
+        kind = self._is_due(carry).astype(jnp.int32) if len(every) > 1 else jnp.zeros((), jnp.int32)
+        if len(widths) > 1:
+            kind = kind + len(every) * (count > widths[0]).astype(jnp.int32)
+        carry = lax.switch(kind, kinds, carry)
         tokens, kept = carry.lengths - before.lengths, carry.accepted - before.accepted
         pace = self.pacing.after(carry.pace, before.ends, count, active & self.active(carry), tokens, kept)
         return dataclasses.replace(carry, drafted=carry.drafted + jnp.where(active, count, 0), pace=pace)
+
+    def _is_due(self, carry: LosslessState) -> Array:
+        """Whether a row has read so many tokens since the kept sets were chosen that they are to be chosen anew."""
+        age = carry.ends + 1 - carry.policy_states[0].since
+        return jnp.any(self.active(carry) & (age >= self.policy.refresh_every))
 
     def _drafted(self, carry: LosslessState) -> tuple[LosslessState, tuple[Array, Any], Array]:
         """The drafts [N, B], for samples the scores [N, B, V] that they were drawn by, and how many of the N were made:
@@ -275,13 +283,15 @@ class Loop:
         self, carry: LosslessState, tokens: Array, refreshes: bool
     ) -> tuple[Array, tuple[LayerCache, ...], tuple[Any, ...]]:
         """Full attention's logits [B, T, V] after each of the tokens, the caches with its keys and values, and the kept
-        sets by the first token's query."""
+        sets, if it `refreshes` those by the first token's query."""
 
         def read(layer: int, heads: Heads, cached: LayerCache, state: Any) -> tuple[Array, Any]:
-            if heads.q.shape[1] == 1 and not refreshes:
+            if refreshes:
+                return self.attention.block_with_scores(heads.q, cached, self.starts, carry.ends)
+            if heads.q.shape[1] == 1:
                 seen = visible(self.starts, carry.ends + 1, cached.capacity)
                 return self.attention.full(heads.q[:, 0], cached, seen)[:, None], None
-            return self.attention.block(heads.q, cached, self.starts, carry.ends)
+            return self.attention.block(heads.q, cached, self.starts, carry.ends), None
 
         states = carry.policy_states
         hidden, layers, scores = self._decoded(carry.layers, tokens, carry.ends, read, states)

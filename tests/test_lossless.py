@@ -16,13 +16,15 @@ from policy_strings import NEW, RAGGED, same
 
 import recyc_jax as rj
 from recyc_jax import implementations, pacing
+from recyc_jax.generation import advance
+from recyc_jax.generation_loop import Stretch
 from recyc_jax.kernels.gpu import triton_call
 from recyc_jax.shapes import SHAPES
 
 STRINGS = (
     "recycled:budget=8,pool=1,draft=4,adapt=false",
-    "lookahead:budget=6,draft=2,adapt=false",
-    "recycled:budget=3,draft=1,adapt=false",
+    "lookahead:budget=6,draft=2,adapt=false,refresh_every=6",
+    "recycled:budget=3,draft=1,adapt=false,refresh_every=16",
 )
 
 
@@ -50,6 +52,22 @@ def test_an_exact_drafter_is_always_kept(params, config):
     np.testing.assert_array_equal(out.drafted, [16] * 4)
     np.testing.assert_array_equal(out.accepted, [16] * 4)
     np.testing.assert_array_equal(out.full_steps[:, 0], [4] * 4)
+
+
+def test_sets_are_renewed_after_so_many_tokens(params, config):
+    policy, renewed = rj.parse_policy("recycled:budget=12,draft=2,adapt=false,refresh_every=7"), []
+    state = rj.prefill(params, config, RAGGED, policies=policy, max_new_tokens=40)
+    options = dict(policy=policy, rewind=False, eos_ids=())
+    _, state = advance(params, config, state, max_new_tokens=1, **options)
+    for _ in range(8):
+        answer = state.answer
+        since, ends = np.asarray(answer.policy_states[0].since), np.asarray(answer.prompt_length + answer.step)
+        renewed.append(np.max(ends + 1 - since) >= 7)
+        last = jnp.full(4, 99, jnp.int32)
+        _, state = advance(params, config, state, max_new_tokens=3, stretch=Stretch(1, 1), last=last, **options)
+        np.testing.assert_array_equal(state.answer.policy_states[0].since, ends + 1 if renewed[-1] else since)
+    assert any(renewed)
+    assert not all(renewed)
 
 
 def costs_of(share, pass_cost=1.1):
@@ -80,14 +98,15 @@ def tiny_model(family):
     budget=st.integers(1, 12),
     draft=st.integers(1, 6),
     ahead=st.sampled_from([0, 3]),
+    refresh=st.sampled_from([1, 5, 16]),
     count=st.integers(1, 30),
     seed=st.integers(0, 99),
 )
-def test_any_shapes(family, adapt, lengths, budget, draft, ahead, count, seed):
+def test_any_shapes(family, adapt, lengths, budget, draft, ahead, refresh, count, seed):
     rng, (config, params) = np.random.default_rng(seed), tiny_model(family)
     prompts = [rng.integers(2, 96, n).tolist() for n in lengths]
     policy = f"recycled:budget={budget},pool=1,lookahead={ahead},decay=1,draft={draft}"
-    policy += "" if adapt else ",adapt=false"
+    policy += f",refresh_every={refresh}" + ("" if adapt else ",adapt=false")
     options = dict(max_new_tokens=count, eos_ids=())
     want = rj.generate(params, config, prompts, policy="full", **options)
     with mock.patch.object(pacing.Pacing, "costs", costs_of(0.15)):  # otherwise drafts for a tiny model never pay

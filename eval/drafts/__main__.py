@@ -1,8 +1,8 @@
 """Lossless decoding, timed and counted: `python -m eval.drafts`.
 
-With the shape of a model: the time of a round (drafts, the pass over them, the choice of the next set) with random weights,
-beside a full step; and what a token costs where a pass gives so many (`--tokens-per-pass`). Random weights keep few
-drafts, which changes the tokens of a round and not its time.
+With the shape of a model: the time of a round (drafts, the pass over them, and in some rounds the choice of the next set)
+with random weights, beside a full step; and what a token costs where a pass gives so many (`--tokens-per-pass`). Random
+weights keep few drafts, which changes the tokens of a round and not its time.
 
 With `--text`: a real model continues windows of a text under full attention and under each policy; the tokens, the drafts
 that were kept, and the times of the whole batch, which waits for its slowest row."""
@@ -10,6 +10,7 @@ that were kept, and the times of the whole batch, which waits for its slowest ro
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -162,17 +163,19 @@ def _time_rounds(config: Config, shape: LlamaConfig, policies: list[Lossless]) -
         print(f"a full step: {full:.3f} ms", flush=True)
         for policy in policies:
             command_line.heed_interrupt()
-            round_ms = _round_ms(config, shape, params, policy)
-            token = round_ms / config.tokens_per_pass
-            row = {"full_ms": full, "round_ms": round_ms, "tokens_per_pass": config.tokens_per_pass, "token_ms": token}
-            row["times_full"] = full / token
+            plain, refreshing = (_round_ms(config, shape, params, policy, each) for each in (False, True))
+            rounds = math.ceil(policy.refresh_every / config.tokens_per_pass)  # from one refresh to the next
+            mean = plain + (refreshing - plain) / rounds
+            token = mean / config.tokens_per_pass
+            row = {"full_ms": full, "round_ms": mean, "without_refresh_ms": plain, "with_refresh_ms": refreshing}
+            row |= {"tokens_per_pass": config.tokens_per_pass, "token_ms": token, "times_full": full / token}
             row = {name: round(value, 4) for name, value in row.items()}
             print(f"{policy}: " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             add({"policy": str(policy), "dtype": str(dtype), **_facts(config), **row})
 
 
-def _round_ms(config: Config, shape: LlamaConfig, params: Any, policy: Lossless) -> float:
-    """The time of a round with a whole draft."""
+def _round_ms(config: Config, shape: LlamaConfig, params: Any, policy: Lossless, refreshes: bool) -> float:
+    """The time of a round with a whole draft, which `refreshes` the kept sets or does not."""
     import jax
     import jax.numpy as jnp
 
@@ -180,8 +183,9 @@ def _round_ms(config: Config, shape: LlamaConfig, params: Any, policy: Lossless)
     from recyc_jax.generation import advance
     from recyc_jax.generation_loop import Stretch
 
-    rounds, policy = 8, dataclasses.replace(policy, adapt=False)
+    rounds = 8
     room = (config.repeats + 1) * rounds * (policy.draft_length + 1)
+    policy = dataclasses.replace(policy, adapt=False, refresh_every=1 if refreshes else room)
     options: dict[str, Any] = dict(policy=policy, eos_ids=(), rewind=False)
     state = measuring.filled(shape, params, policy, config.batch, config.length - 1 + room, room, None)
     _, state = advance(params, shape, state, max_new_tokens=1, **options)

@@ -151,27 +151,40 @@ class Implementation:
         return reference.window_scores(q, cached.keys, starts, length, normaliser)
 
     def block_part(
-        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"], Float[Array, "B K G S"]]:
-        """`block` over the part's slots, each query's logsumexp, and the first query's logits."""
+        self,
+        q: Float[Array, "B C N H"],
+        cached: LayerCache,
+        starts: Int[Array, " B"],
+        begins: Int[Array, " B"],
+        with_logits: bool,
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"], Float[Array, "B K G S"] | None]:
+        """`block` over the part's slots, each query's logsumexp, and if asked for the first query's logits."""
 
         def row(q: Array, keys: Array, values: Array, start: Array, begin: Array) -> tuple[Array, Array]:
             out, lse = reference.chunk_part(q[None], keys[None], values[None], start[None], begin)
             return out[0], lse[0]
 
+        out, normaliser = jax.vmap(row)(q, cached.keys, cached.values, starts, begins)
+        if not with_logits:
+            return out, normaliser, None
         visible = cache.visible(starts, begins + 1, cached.capacity)
-        logits = reference.masked_logits(q[:, 0], cached.keys, visible[:, None])
-        return *jax.vmap(row)(q, cached.keys, cached.values, starts, begins), logits
+        return out, normaliser, reference.masked_logits(q[:, 0], cached.keys, visible[:, None])
 
     # --- a block of drafted tokens (`lossless.py`)
 
     def block(
         self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
-        """Causal attention of C queries, row b's first in slot `begins[b]`, over the cache that holds their keys; and the
-        score of each slot that the first query sees: its log-probability, the maximum over the group's heads."""
+    ) -> Float[Array, "B C N H"]:
+        """Causal attention of C queries, row b's first in slot `begins[b]`, over the cache that holds their keys."""
+        return Implementation.block_part(self, q, cached, starts, begins, with_logits=False)[0].astype(q.dtype)
 
-        out, _, logits = Implementation.block_part(self, q, cached, starts, begins)
+    def block_with_scores(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
+        """`block`, and the score of each slot that the first query sees: its log-probability, the maximum over the group's
+        heads."""
+        logits: Any
+        out, _, logits = Implementation.block_part(self, q, cached, starts, begins, with_logits=True)
         return out.astype(q.dtype), selection.group_maximum(reference.log_softmax(logits))
 
     # --- a decode step, full or partial

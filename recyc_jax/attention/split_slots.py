@@ -125,11 +125,23 @@ class SplitSlots(Implementation):
 
     def block(
         self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> Float[Array, "B C N H"]:
+        return self._block(q, cached, starts, begins, with_scores=False)[0]
+
+    def block_with_scores(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
     ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
-        def on_device(q: Array, cached: LayerCache, *places: Array) -> tuple[Array, Array]:
+        return self._block(q, cached, starts, begins, with_scores=True)
+
+    def _block(
+        self, q: Array, cached: LayerCache, starts: Array, begins: Array, with_scores: bool
+    ) -> tuple[Array, Any]:
+        def on_device(q: Array, cached: LayerCache, *places: Array) -> tuple[Array, Any]:
             starts, begins = (place - sharding.first_slot(cached.capacity) for place in places)
-            out, normaliser, logits = self.inner.block_part(q, cached, starts, begins)
+            out, normaliser, logits = self.inner.block_part(q, cached, starts, begins, with_scores)
             out, normaliser = _together(out, normaliser)
+            if logits is None:
+                return out.astype(q.dtype), None
             scores = logits - normaliser[:, 0].reshape(logits.shape[:3])[..., None]
             scores = sharding.over_heads(lax.pmax, selection.group_maximum(scores), (sharding.GROUP,))
             return out.astype(q.dtype), scores

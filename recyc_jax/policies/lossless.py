@@ -29,34 +29,41 @@ class Lossless(Policy):
     tokens nearly tie, which in float32 is rare, the other one may be chosen, and neighbours in the batch, by whose drafts
     the blocks are as long as they are, have a part in that.
 
-    `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: each pass
-    refreshes the set, so there is no schedule, and no remainder. A draft ends where the drafter is too unsure for another
-    token to be worth its time, and none are made while few are kept or a draft step costs too much of a full one; with
-    `adapt=False` all have `draft_length` tokens. In loops that force tokens (`score`) it is full attention."""
+    `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: the first pass
+    after `refresh_every` tokens refreshes the set (1: every pass does), so there is no schedule, and no remainder; it
+    looks ahead by two blocks. A draft ends where the drafter is too unsure for another token to be worth its time, and
+    none are made while few are kept or a draft step costs too much of a full one; with `adapt=False` all have
+    `draft_length` tokens. In loops that force tokens (`score`) it is full attention."""
 
     drafter: Any  # RecycledAttention after __post_init__
     draft_length: int = 8
     adapt: bool = True
+    refresh_every: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "draft_length", whole_number("draft", self.draft_length, 1))
-        most, drafter = self.most_steps, self.drafter
+        object.__setattr__(self, "refresh_every", whole_number("refresh_every", self.refresh_every, 1))
+        two_blocks, drafter = 2 * self.draft_length + 2, self.drafter
         if isinstance(drafter, Lookahead):
-            drafter = dataclasses.replace(drafter, stride=most).rule
+            drafter = dataclasses.replace(drafter, stride=two_blocks).rule
         if not isinstance(self.adapt, bool):
             raise ValueError(f"adapt={self.adapt!r} must be True or False")
         if type(drafter) is not RecycledAttention or drafter.ablation is not None or not drafter.evict:
             raise ValueError(f"drafter={self.drafter!r} must be a RecycledAttention or a Lookahead that evicts")
-        object.__setattr__(self, "drafter", dataclasses.replace(drafter, schedule=FixedStride(most)))
+        if drafter.lookahead == "auto":
+            drafter = dataclasses.replace(drafter, lookahead=two_blocks - 1)
+        object.__setattr__(self, "drafter", dataclasses.replace(drafter, schedule=FixedStride(self.most_steps)))
 
     def __str__(self) -> str:
         options = str(self.drafter).replace(f",stride={self.most_steps}", "")
-        return f"{options},draft={self.draft_length}{'' if self.adapt else ',adapt=false'}"
+        every = "" if self.refresh_every == type(self).refresh_every else f",refresh_every={self.refresh_every}"
+        return f"{options},draft={self.draft_length}{'' if self.adapt else ',adapt=false'}{every}"
 
     @property
     def most_steps(self) -> int:
-        """The most tokens from the query that a set is chosen by to the last draft that reads it: two blocks."""
-        return 2 * self.draft_length + 2
+        """The most tokens from the query that a set is chosen by to the last draft that reads it: those after which it
+        is due, and two blocks."""
+        return self.refresh_every + 2 * self.draft_length + 1
 
     @property
     def budget(self) -> int:

@@ -89,14 +89,14 @@ class Options:
         """The policy, or with the option `draft` the lossless one that drafts by it."""
         if draft is None:
             return drafter
-        adapt = self.truth("adapt", True)
-        return Lossless(drafter, Options(self.text, f"draft={draft}", None).integer("draft"), adapt)
+        adapt, every = self.truth("adapt", True), self.integer("refresh_every", Lossless.refresh_every)
+        return Lossless(drafter, Options(self.text, f"draft={draft}", None).integer("draft"), adapt, every)
 
     def refuse_beside_draft(self, *names: str) -> str | None:
         """The option `draft`, which goes without these."""
         for name in names if "draft" in self.values else ():
             if name in self.values:
-                raise ValueError(f"policy {self.text!r}: draft goes without {name}: every verified block refreshes")
+                raise ValueError(f"policy {self.text!r}: draft goes without {name}: it has refresh_every")
         return self.values.get("draft")
 
     def budget(self, default: int | None = None) -> int:

@@ -157,18 +157,30 @@ class GPU(Implementation):
         return turn_attention.window_scores_by(q, cached.keys, starts, length, normaliser)
 
     def block_part(
-        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"], Float[Array, "B K G S"]]:
+        self,
+        q: Float[Array, "B C N H"],
+        cached: LayerCache,
+        starts: Int[Array, " B"],
+        begins: Int[Array, " B"],
+        with_logits: bool,
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B C N"], Float[Array, "B K G S"] | None]:
         if not _fits_prefill(q):
-            return super().block_part(q, cached, starts, begins)
-        return turn_attention.block_part(q, cached.keys, cached.values, starts, begins)
+            return super().block_part(q, cached, starts, begins, with_logits)
+        return turn_attention.block_part(q, cached.keys, cached.values, starts, begins, with_logits)
 
     def block(
         self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
+    ) -> Float[Array, "B C N H"]:
         if not _fits_prefill(q):
             return super().block(q, cached, starts, begins)
         return turn_attention.block(q, cached.keys, cached.values, starts, begins)
+
+    def block_with_scores(
+        self, q: Float[Array, "B C N H"], cached: LayerCache, starts: Int[Array, " B"], begins: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
+        if not _fits_prefill(q):
+            return super().block_with_scores(q, cached, starts, begins)
+        return turn_attention.block_with_scores(q, cached.keys, cached.values, starts, begins)
 
     def decoder_layers(self, config: LlamaConfig, rows: int, dtype: Any, width: int = 1) -> Callable[..., Any] | None:
         return decoder_layers.run if decoder_layers.applies(config, rows, dtype, width) else None

@@ -56,7 +56,7 @@ def chunk(
     offset: Int[Array, ""],
 ) -> Float[Array, "B C N H"]:
     """As `prefill_attention.chunk`."""
-    return _attend(q, keys, values, starts, jnp.broadcast_to(offset, starts.shape))[0]
+    return block(q, keys, values, starts, jnp.broadcast_to(offset, starts.shape))
 
 
 def block(
@@ -65,8 +65,19 @@ def block(
     values: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     begins: Int[Array, " B"],
+) -> Float[Array, "B C N H"]:
+    """As `Implementation.block`."""
+    return _attend(q, keys, values, starts, begins)[0]
+
+
+def block_with_scores(
+    q: Float[Array, "B C N H"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    starts: Int[Array, " B"],
+    begins: Int[Array, " B"],
 ) -> tuple[Float[Array, "B C N H"], Float[Array, "B K S"]]:
-    """As `Implementation.block`; the pass that makes the output also writes the first query's logits."""
+    """As `Implementation.block_with_scores`; the pass that makes the output also writes the first query's logits."""
     out, normaliser, logits = _attend(q, keys, values, starts, begins, with_logits=True)
     return out, selection.group_maximum(logits - normaliser[:, :, 0, :, None])
 
@@ -88,9 +99,9 @@ def block_part(
     values: Float[Array, "B K S H"],
     starts: Int[Array, " B"],
     begins: Int[Array, " B"],
-    with_logits: bool = True,
+    with_logits: bool,
 ) -> tuple[Array, Array, Any]:
-    """As `Implementation.block_part`; without logits if they are not asked for."""
+    """As `Implementation.block_part`."""
     out, normaliser, *logits = _attend(q, keys, values, starts, begins, with_logits, unrounded=True)
     return out, normaliser.swapaxes(1, 2).reshape(q.shape[:3]), next(iter(logits), None)
 
