@@ -319,6 +319,9 @@ def test_kernels_verify(params, config, monkeypatch):
         ("recycled:budget=8,draft=0", "draft=0 must be at least 1"),
         ("recycled:budget=8,draft=two", "draft=two is not a whole number"),
         ("recycled:budget=8,stride=4,adapt=false", "no option adapt"),
+        ("recycled:budget=8,stride=4,refresh_every=2", "no option refresh_every"),
+        ("recycled:budget=8,draft=2,refresh_every=0", "refresh_every=0 must be at least 1"),
+        ("recycled:budget=8,draft=2,refresh_every=x", "refresh_every=x is not a whole number"),
     ],
 )
 def test_bad_strings(text, message):

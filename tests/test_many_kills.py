@@ -11,7 +11,7 @@ import pytest
 from checkpoints import write_folder
 from conftest import send_when
 from test_several_devices import on_two_hosts
-from training_runs import lines, train_rows
+from training_runs import finish, lines, train_rows
 
 RUNS = 6
 
@@ -57,7 +57,7 @@ def test_training(twice, training_command, straight_run, tmp_path, seed):
 
 @pytest.fixture(scope="module")
 def ruler(tmp_path_factory):
-    """The command that writes to a folder, and the rows that one process writes."""
+    """Makes the command of a run that writes to a folder."""
     folder = tmp_path_factory.mktemp("ruler")
     write_folder(folder / "model")
 
@@ -71,7 +71,7 @@ def ruler(tmp_path_factory):
             "--lengths",
             "720",
         ]
-        arguments += ["--samples", "4", "--batch-size", "2", "--out", out, "--backend", "cpu"]
+        arguments += ["--samples", "40", "--batch-size", "2", "--out", out, "--backend", "cpu"]
         return [*arguments, "--policies", "full", "recycled:budget=0.25,stride=10"]
 
     return command
@@ -83,13 +83,19 @@ def rows(out):
     return sorted(found, key=lambda row: (row["policy"], row["task"], row["index"]))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(ruler, tmp_path_factory):
+    """The rows of a run of one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    assert finish(ruler(out)).returncode == 0
+    return rows(out)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(RUNS))
-def test_ruler(twice, ruler, call_module, tmp_path, seed):
+def test_ruler(twice, ruler, undisturbed, tmp_path, seed):
     draw, out = random.Random(seed), tmp_path / "run"
-    samples, file = draw.randrange(1, 11), out / "results.jsonl"
+    samples, file = draw.randrange(1, 12), out / "results.jsonl"
     killed_then_done(twice, ruler(out), lambda: file.exists() and file.read_bytes().count(b"\n") >= samples, draw)
-    alone = tmp_path / "alone"
-    assert call_module(*ruler(alone)).returncode == 0
-    assert rows(out) == rows(alone)
-    assert len(rows(out)) == 16
+    assert rows(out) == undisturbed
+    assert len(rows(out)) == 160

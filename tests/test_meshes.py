@@ -64,7 +64,11 @@ with jax.set_mesh(sharding.mesh(data, 1, tensor, sequence=sequence, kv_heads=con
 POLICIES = (
     *("full", "recycled:budget=8,stride=4", "recycled:budget=8,check_every=3,threshold=0.5"),
     *("lookahead:budget=8,stride=4", "streaming_llm:budget=8", "h2o:budget=8", "snapkv:budget=8"),
-    *("quest:budget=8,page=4,dense_layers=0", "top_k:budget=8", "lookahead:budget=8,draft=3,adapt=false"),
+    *(
+        "quest:budget=8,page=4,dense_layers=0",
+        "top_k:budget=8",
+        "lookahead:budget=8,draft=3,adapt=false,refresh_every=6",
+    ),
 )
 FEW = ("full", "recycled:budget=8,stride=4", "lookahead:budget=8,draft=3,adapt=false")
 QWEN_3 = "dict(qk_norm='head')"

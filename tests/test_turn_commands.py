@@ -36,6 +36,11 @@ def test_rounds_are_timed_and_estimated(call_module, folder, tmp_path):
     assert ran.returncode == 0, ran.stderr
     (row,) = rows(tmp_path / "rounds.jsonl")
     assert row["token_ms"] == pytest.approx(row["round_ms"] / 2, abs=1e-3)
+    ran = call_module("eval.drafts", *flags, "recycled:budget=8,draft=2,refresh_every=5", "--tokens-per-pass", 2)
+    assert ran.returncode == 0, ran.stderr
+    _, row = rows(tmp_path / "rounds.jsonl")
+    with_it, without = row["with_refresh_ms"], row["without_refresh_ms"]
+    assert row["round_ms"] == pytest.approx(without + (with_it - without) / 3, abs=1e-3)
     ran = call_module("eval.drafts", "--estimate", "--model", "llama-3.1-8b", "--batch", 3)
     assert ran.returncode == 0, ran.stderr
     assert "131072" in ran.stdout

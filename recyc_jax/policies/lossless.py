@@ -30,9 +30,9 @@ class Lossless(Policy):
     the blocks are as long as they are, have a part in that.
 
     `drafter` is a `RecycledAttention` or a `Lookahead`, of which the budget and the rule of choice count: the first pass
-    after `refresh_every` tokens refreshes the set (1: every pass does), so there is no schedule, and no remainder; it
-    looks ahead by two blocks. A draft ends where the drafter is too unsure for another token to be worth its time, and
-    none are made while few are kept or a draft step costs too much of a full one; with `adapt=False` all have
+    after `refresh_every` tokens refreshes the set (1: every pass does), so there is no schedule, and no remainder;
+    `lookahead="auto"` covers two blocks. A draft ends where the drafter is too unsure for another token to be worth its
+    time, and none are made while few are kept or a draft step costs too much of a full one; with `adapt=False` all have
     `draft_length` tokens. In loops that force tokens (`score`) it is full attention."""
 
     drafter: Any  # RecycledAttention after __post_init__
@@ -61,8 +61,8 @@ class Lossless(Policy):
 
     @property
     def most_steps(self) -> int:
-        """The most tokens from the query that a set is chosen by to the last draft that reads it: those after which it
-        is due, and two blocks."""
+        """A bound on the tokens from the query that chose a set to the last draft that reads it: a pass may come before
+        `refresh_every` tokens and leave the set, and drafts of two blocks follow it."""
         return self.refresh_every + 2 * self.draft_length + 1
 
     @property

@@ -96,7 +96,9 @@ class Options:
         """The option `draft`, which goes without these."""
         for name in names if "draft" in self.values else ():
             if name in self.values:
-                raise ValueError(f"policy {self.text!r}: draft goes without {name}: it has refresh_every")
+                is_when = name in ("stride", "check_every", "threshold")
+                instead = ": refresh_every=N says when the kept set is renewed" if is_when else ""
+                raise ValueError(f"policy {self.text!r}: draft goes without {name}{instead}")
         return self.values.get("draft")
 
     def budget(self, default: int | None = None) -> int:
